@@ -1,0 +1,1 @@
+"""Converters from published datasets to this project's shards."""

@@ -1,0 +1,1 @@
+"""CALVIN's folders of one npz file a frame, converted to RLDS shards."""

@@ -1,0 +1,1 @@
+"""Binaries and their configs."""

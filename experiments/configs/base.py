@@ -1,0 +1,150 @@
+"""The paper's sizes and settings, with the source of every value; other configs change what they need.
+
+Sources: WAM (arXiv 2603.28955), DiWA (arXiv 2508.03645), LUMOS (its public code), DPPO (its public code).
+"""
+
+from ml_collections import ConfigDict
+
+from wam_jax.specs import MAX_EPISODE_STEPS, TASKS
+
+METHODS = {"wam": 1000.0, "dreamer_v2": 0.0}  # the weight of the action loss is all that tells them apart
+
+
+def get_config(method: str = "wam") -> ConfigDict:
+    """Returns the paper's config; `--config=FILE.py:dreamer_v2` gives the baseline.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    method = method or "wam"
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} after the config's name; expected one of {', '.join(METHODS)}")
+    config = ConfigDict()
+    config.method = method
+    config.environment = "playtable"
+    config.seed = 0
+    config.tasks = TASKS
+    config.num_devices = 1  # 0: all of this host
+
+    config.dataset = ConfigDict(
+        {
+            "play": "",  # directory of the play dataset's shards; empty: collected into the workdir
+            "demonstrations": "",  # likewise for the demonstrations
+            "play_episodes": 600,
+            "validation_episodes": 8,
+            "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
+            "demonstrations_per_task": 50,  # WAM, DiWA
+            "cache": "memory",  # "memory": frames are decoded once; "none": streamed from the shards
+        }
+    )
+    config.world_model = ConfigDict(
+        {
+            "kind": "conv",  # LUMOS' convolutions; "patch" is far cheaper on a CPU
+            "encoder_width": 48,  # LUMOS
+            "fused_dim": 1536,  # LUMOS
+            "deterministic_dim": 1024,  # WAM
+            "num_latents": 32,  # WAM
+            "num_classes": 32,  # WAM
+            "rssm_hidden_dim": 1000,  # LUMOS
+            "decoder_width": 48,  # LUMOS
+            "decoder_dim": 1536,  # LUMOS
+            "inverse_dynamics_dims": (512, 512),  # three layers in WAM, widths not given
+            "proprioception_dims": (256,),  # ours; unused at weight 0
+            "compute_dtype": "float32",  # "bfloat16" on accelerators
+            "kl_weight": 3.0,  # WAM (LUMOS: 0.3); nats, summed over latents
+            "kl_balance": 0.8,  # WAM
+            "action_weight": METHODS[method],  # WAM: 1000; absolute error, mean over 7 dims
+            "proprioception_weight": 0.0,  # ours, not in the paper
+            "open_loop_weight": 0.0,  # ours, not in the paper
+            "open_loop_steps": 10,
+            "batch_size": 50,  # LUMOS ("500" in WAM's text, which no sampler of that family has)
+            "window_length": 50,  # WAM, in steps of 1/30 s
+            "learning_rate": 3e-4,  # WAM
+            "weight_decay": 0.05,  # WAM
+            "adam_epsilon": 1e-5,  # LUMOS
+            "max_gradient_norm": 100.0,  # LUMOS, here on true gradients
+            "num_steps": 230_000,  # WAM (its DreamerV2 baseline: 2M)
+            "updates_per_call": 10,
+            "save_every": 2000,
+        }
+    )
+    config.policy = ConfigDict(
+        {
+            "hidden_dim": 512,  # DiWA
+            "num_blocks": 1,  # DPPO: "[512, 512, 512]" is one residual block
+            "time_dim": 16,  # DPPO
+            "compute_dtype": "float32",
+            "chunk": 4,  # WAM: predict 4, execute 4
+            "denoising_steps": 20,  # WAM, K
+            "finetuned_steps": 10,  # WAM, F: the last ones, which PPO trains
+            "exploration_std": 0.1,  # DPPO, least noise of a step while PPO collects
+            "evaluation_std": 1e-3,  # DPPO
+            "noise_clip": 3.0,  # DPPO
+            "batch_size": 256,  # WAM
+            "learning_rate": 1e-4,  # WAM
+            "final_learning_rate": 1e-5,  # WAM
+            "warmup_steps": 100,
+            "weight_decay": 1e-6,  # WAM
+            "ema_decay": 0.995,  # WAM
+            "resample_latent": True,  # z drawn anew at every update
+            "num_steps": 40_000,  # WAM: 5,000 epochs of 50 demonstrations, about 8 batches each
+            "updates_per_call": 100,
+            "save_every": 5000,
+        }
+    )
+    config.reward = ConfigDict(
+        {
+            "embedding_dims": (512, 512),  # DiWA
+            "classification_dims": (512, 512),  # DiWA
+            "temperature": 0.1,  # of NT-Xent
+            "use_play": True,  # annotated attempts of play, failures among them, beside the demonstrations
+            "threshold": 0.5,  # argmax of two classes
+            "consecutive": 1,  # frames in a row that must say success; DiWA looks at the last frame of a chunk
+            "resample_latent": True,
+            "batch_size": 256,
+            "learning_rate": 3e-4,
+            "weight_decay": 1e-4,
+            "num_steps": 5000,
+            "updates_per_call": 100,
+            "save_every": 5000,
+        }
+    )
+    config.ppo = ConfigDict(
+        {
+            "num_iterations": 800,  # WAM
+            "num_rollouts": 50,  # WAM
+            "horizon": MAX_EPISODE_STEPS // 4,  # decisions
+            "max_start_step": 0,  # imagination starts at a demonstration's first frame (DiWA)
+            "resample_latent": True,  # z of the start drawn anew for every rollout
+            "batch_size": 7500,  # WAM: more decisions than there are, so one full-batch step an epoch
+            "epochs": 10,  # WAM
+            "actor_learning_rate": 1e-5,  # WAM
+            "actor_max_gradient_norm": float("inf"),  # DPPO: no clipping
+            "critic_learning_rate": 1e-3,  # WAM
+            "critic_hidden_dim": 256,  # DPPO
+            "critic_num_blocks": 1,  # DPPO
+            "critic_warmup": 2,  # DPPO, iterations
+            "weight_decay": 0.0,  # DPPO
+            "discount": 0.999,  # WAM, per decision
+            "gae_lambda": 0.95,  # WAM
+            "denoising_discount": 0.99,  # DPPO
+            "clip_last": 0.01,  # DPPO, at the last denoising step
+            "clip_noisiest": 0.001,  # DPPO
+            "clip_rate": 3.0,  # DPPO
+            "value_weight": 0.5,  # DPPO
+            "bc_weight": 0.025,  # WAM (DiWA: 0.05)
+            "target_kl": 1.0,  # DPPO
+            "reward_clip": 10.0,  # DPPO
+            "updates_per_call": 1,
+            "save_every": 25,
+        }
+    )
+    config.evaluation = ConfigDict(
+        {
+            "num_episodes": 256,
+            "max_steps": MAX_EPISODE_STEPS,
+            "seed": 1000,  # of the starts: the same for every method and stage
+            "video_task": "open_drawer",
+        }
+    )
+    return config.lock()

@@ -1,0 +1,45 @@
+"""The whole pipeline in minutes on two CPU cores: small networks, little data, all eight tasks.
+
+Command: make quickstart
+Not the paper's setting: patches instead of convolutions, a small RSSM, and two options the paper does not have (a
+proprioception decoder and a multi-step open-loop loss).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(method: str = "wam") -> ConfigDict:
+    """A small run that shows every stage at work."""
+    config = base.get_config(method)
+    config.dataset.update(play_episodes=96, validation_episodes=8, play_steps=400)
+    config.world_model.update(
+        kind="patch",
+        encoder_width=32,
+        fused_dim=256,
+        deterministic_dim=256,
+        num_latents=16,
+        num_classes=16,
+        rssm_hidden_dim=256,
+        decoder_width=32,
+        decoder_dim=256,
+        inverse_dynamics_dims=(256, 256),
+        proprioception_weight=10.0,
+        open_loop_weight=1.0,
+        open_loop_steps=8,
+        batch_size=16,
+        window_length=16,
+        learning_rate=1e-3,
+        weight_decay=1e-3,
+        num_steps=1600,
+        updates_per_call=10,
+        save_every=400,
+    )
+    config.policy.update(hidden_dim=256, learning_rate=1e-3, final_learning_rate=1e-5, num_steps=2000, save_every=2000)
+    config.reward.update(
+        embedding_dims=(128, 128), classification_dims=(128, 128), consecutive=4, num_steps=500, save_every=500
+    )
+    config.ppo.update(num_iterations=20, max_start_step=8, save_every=10)
+    config.evaluation.update(num_episodes=64)
+    return config

@@ -1,0 +1,128 @@
+"""Evaluates policies in the environment, and the same policies from the same starts in imagination.
+
+python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart --policy=ppo
+
+Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Finished tasks
+are kept; a rerun goes on with the missing ones.
+"""
+
+import functools
+import os
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import finetune_policy, launch, train_policy, train_reward, train_world_model
+from wam_jax import environments, evaluation, imagination, tables
+from wam_jax.diffusion_policy import PolicyParams
+from wam_jax.types import LatentState
+
+_POLICY = flags.DEFINE_enum("policy", "ppo", ("expert", "bc", "ppo"), "Which stage's policies to evaluate")
+
+
+def main(config, workdir: str) -> None:
+    """Evaluates the stage that --policy names, and prints the table."""
+    print(tables.markdown(run(config, workdir, _POLICY.value)))
+
+
+def run(config, workdir: str, stage: str) -> list[tables.Row]:
+    """Evaluates one stage on every task; returns all rows of the workdir."""
+    path = os.path.join(workdir, "evaluation", f"{stage}.json")
+    rows = tables.load(path) if os.path.exists(path) else []
+    rows = [row for row in rows if row.episodes == config.evaluation.num_episodes]
+    missing = [task for task in config.tasks if task not in {row.task for row in rows}]
+    evaluate = _evaluate_expert if stage == "expert" else functools.partial(_evaluate_latent_policy, workdir, stage)
+    for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
+        rows.append(evaluate(config, task))
+        tables.save(path, rows)
+    return write_table(workdir)
+
+
+def write_table(workdir: str) -> list[tables.Row]:
+    """Gathers all stages' rows into table.json and table.md."""
+    paths = [os.path.join(workdir, "evaluation", f"{stage}.json") for stage in tables.STAGES]
+    rows = [row for path in paths if os.path.exists(path) for row in tables.load(path)]
+    tables.save(os.path.join(workdir, "table.json"), rows)
+    with open(os.path.join(workdir, "table.md.tmp"), "w") as file:
+        file.write(tables.markdown(rows))
+    os.replace(file.name, os.path.join(workdir, "table.md"))
+    return rows
+
+
+def load_policy(config, workdir: str, stage: str, task: str) -> PolicyParams:
+    """The policy of a stage as it was saved; one sampler serves both stages."""
+    if stage == "ppo":
+        return finetune_policy.load(config, workdir, task)
+    base = train_policy.load(config, workdir, task)
+    return PolicyParams(base=base, finetuned=base)
+
+
+def latent_policy(config, workdir: str, stage: str, task: str) -> evaluation.LatentPolicy:
+    """The policy of a stage on the filtered state of the workdir's world model."""
+    model, params = train_world_model.load(config, workdir)
+    policy = load_policy(config, workdir, stage, task)
+    return evaluation.LatentPolicy(model, params, policy, train_policy.policy_settings(config))
+
+
+def _evaluate_latent_policy(workdir: str, stage: str, config, task: str) -> tables.Row:
+    environment = environments.make(config.environment)
+    policy = latent_policy(config, workdir, stage, task)
+    rng = jax.random.key(config.evaluation.seed)
+    result = evaluation.rollout(
+        environment, policy, task, rng,
+        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
+    )  # fmt: skip
+    starts = evaluation.start_latents(environment, policy, task, rng, num_episodes=config.evaluation.num_episodes)
+    return _row(config, task, stage, result, _imagined_success(config, workdir, stage, task, starts))
+
+
+def _evaluate_expert(config, task: str) -> tables.Row:
+    environment = environments.make(config.environment)
+    result = evaluation.rollout(
+        environment, environment.expert(), task, jax.random.key(config.evaluation.seed),
+        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
+    )  # fmt: skip
+    return _row(config, task, "expert", result, None)
+
+
+def _imagined_success(config, workdir: str, stage: str, task: str, starts: LatentState) -> float:
+    """Success of the same policy, sampled as in evaluation, from the same starts inside the world model."""
+    model, params = train_world_model.load(config, workdir)
+    policy = load_policy(config, workdir, stage, task)
+    reward_params = train_reward.load(config, workdir, task)
+    inputs = imagination.ImaginationInputs(starts, params, reward_params, policy.base)
+    episodes = _imagine(config, model)(policy, inputs, jax.random.key(config.evaluation.seed))
+    return float(imagination.success_rate(episodes))
+
+
+@functools.lru_cache(maxsize=2)
+def _imagine(config, model):
+    settings = launch.stage_settings(config.ppo, num_rollouts=config.evaluation.num_episodes)
+    return jax.jit(
+        functools.partial(
+            imagination.rollout,
+            explore=False,
+            **finetune_policy.imagination_functions(config, model),
+            policy_settings=train_policy.policy_settings(config),
+            settings=settings,
+        )
+    )
+
+
+def _row(config, task: str, stage: str, result: evaluation.Rollout, imagined_success: float | None) -> tables.Row:
+    return tables.make_row(
+        environment=config.environment,
+        method="-" if stage == "expert" else config.method,
+        task=task,
+        stage=stage,
+        successes=int(np.sum(result.success)),
+        episodes=len(result.success),
+        imagined_success=imagined_success,
+        seed=config.seed,
+    )
+
+
+if __name__ == "__main__":
+    launch.main(main)

@@ -1,0 +1,137 @@
+"""What all binaries share: flags, checks of the config, one-line errors, the compilation cache."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from wam_jax import parallel, specs, world_model
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
+
+PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of the datasets that are collected
+# What may change between two commands in one workdir; everything else decides what its files mean.
+_FREE = ("num_devices", "evaluation.", ".updates_per_call", ".save_every", ".num_steps", ".num_iterations", ".cache")
+
+
+def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
+    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line and exit status 2."""
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+            run(prepare(CONFIG.value, WORKDIR.value), WORKDIR.value)
+        except (ValueError, FloatingPointError) as error:
+            logging.debug("traceback", exc_info=True)
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt as interruption:
+            print(f"interrupted: {interruption}", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
+    """Checks a config against itself, the machine and the workdir, before any work starts.
+
+    Args:
+      config: from the config file and its overrides.
+      workdir: folder of the run; gets config.json.
+
+    Returns:
+      the config, frozen and hashable.
+
+    Raises:
+      ValueError: a value that cannot work, named, with the mend.
+    """
+    check(config)
+    logging.set_verbosity(logging.WARNING)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if len(jax.local_devices()) > 1 and jax.default_backend() == "cpu":
+        # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _check_workdir(config, workdir)
+    return FrozenConfigDict(config)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the values of a config that no later stage should trip over."""
+    for task in config.tasks:
+        specs.task_index(task)
+    specs.task_index(config.evaluation.video_task)
+    num_devices = len(parallel.local_devices(config.num_devices))
+    for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
+        try:
+            parallel.check_batch_size(config[stage][key], num_devices)
+        except ValueError as error:
+            raise ValueError(f"config.{stage}.{key}: {error}") from None
+    if config.reward.batch_size % (2 * num_devices):
+        raise ValueError(
+            f"config.reward.batch_size={config.reward.batch_size} must be even on each of {num_devices} devices: half "
+            f"of a batch are successes; take a multiple of {2 * num_devices}"
+        )
+    for stage in ("world_model", "policy", "reward"):
+        steps, call = config[stage].num_steps, config[stage].updates_per_call
+        if steps < 1 or steps % call:
+            raise ValueError(
+                f"config.{stage}.num_steps={steps} is not a positive multiple of updates_per_call={call}; take "
+                f"{max(1, round(steps / call)) * call}"
+            )
+    if config.policy.finetuned_steps > config.policy.denoising_steps:
+        raise ValueError(
+            f"config.policy.finetuned_steps={config.policy.finetuned_steps} exceeds denoising_steps="
+            f"{config.policy.denoising_steps}; PPO trains the last steps of those"
+        )
+    world_model.build(FrozenConfigDict(config.world_model))
+
+
+def _check_workdir(config: ConfigDict, workdir: str) -> None:
+    """Writes config.json, or compares it: a workdir holds the files of one config."""
+    path = os.path.join(workdir, "config.json")
+    new = json.loads(config.to_json_best_effort())
+    if os.path.exists(path):
+        with open(path) as file:
+            old = json.load(file)
+        flat_old, flat_new = _flat(old), _flat(new)
+        changed = sorted(
+            key
+            for key in {*flat_old, *flat_new}
+            if flat_old.get(key) != flat_new.get(key) and not any(part in f".{key}" for part in _FREE)
+        )
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{workdir} holds a run with config.{key}={flat_old.get(key)!r}, not {flat_new.get(key)!r}"
+                f"{f' (and {len(changed) - 1} more differences)' if changed[1:] else ''}; use another --workdir, or "
+                "the value it was made with"
+            )
+    os.makedirs(workdir, exist_ok=True)
+    with open(path + ".tmp", "w") as file:
+        json.dump(new, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+
+
+def dataset_directories(config: FrozenConfigDict, workdir: str) -> tuple[str, str]:
+    """Where the play and the demonstrations are: the config's, or those collected into the workdir."""
+    play = config.dataset.play or os.path.join(workdir, "data", PLAY)
+    return play, config.dataset.demonstrations or os.path.join(workdir, "data", DEMONSTRATIONS)
+
+
+def stage_settings(settings: FrozenConfigDict, **changes) -> FrozenConfigDict:
+    """A stage's settings with derived values."""
+    return FrozenConfigDict({**settings.to_dict(), **changes})

@@ -1,0 +1,83 @@
+"""Runs a config's whole chain, from nothing to the table; finished stages are skipped, broken ones go on.
+
+python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import json
+import os
+import platform
+import time
+
+import jax
+from absl import logging
+
+from experiments import (
+    collect_playtable,
+    evaluate,
+    finetune_policy,
+    launch,
+    train_policy,
+    train_reward,
+    train_world_model,
+)
+from wam_jax import environments, evaluation, tables, videos
+
+VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
+
+
+def run(config, workdir: str) -> None:
+    """Runs every stage and prints the table."""
+    stages = {
+        "collect": collect_playtable.run,
+        "world_model": train_world_model.run,
+        "policy": train_policy.run,
+        "reward": train_reward.run,
+        "ppo": finetune_policy.run,
+        "evaluate bc": lambda config, workdir: evaluate.run(config, workdir, "bc"),
+        "evaluate ppo": lambda config, workdir: evaluate.run(config, workdir, "ppo"),
+        "video": film,
+    }
+    for number, (name, stage) in enumerate(stages.items(), start=1):
+        print(f"[{number}/{len(stages)}] {name}", flush=True)
+        started = time.monotonic()
+        stage(config, workdir)
+        note_seconds(workdir, name, time.monotonic() - started)
+    rows = evaluate.write_table(workdir)
+    print(f"\n{tables.markdown(rows)}\nwritten to {workdir}: table.md, table.json, rollout.gif, metrics.jsonl, ...")
+
+
+def film(config, workdir: str) -> None:
+    """Writes rollout.gif: an episode of the final policy beside the model's open-loop prediction of it."""
+    path = os.path.join(workdir, "rollout.gif")
+    if os.path.exists(path):
+        return
+    task = config.evaluation.video_task if config.evaluation.video_task in config.tasks else config.tasks[0]
+    policy = evaluate.latent_policy(config, workdir, "ppo", task)
+    rng = jax.random.key(config.evaluation.seed)
+    max_steps = config.evaluation.max_steps
+    result = evaluation.rollout(
+        environments.make(config.environment), policy, task, rng, num_episodes=1, max_steps=max_steps, video=True
+    )
+    model, params = train_world_model.load(config, workdir)
+    predicted = videos.open_loop(model, params, result.video, result.actions, rng, context=VIDEO_CONTEXT)
+    videos.save_gif(path, videos.side_by_side(result.video, predicted, context=VIDEO_CONTEXT))
+
+
+def note_seconds(workdir: str, stage: str, seconds: float) -> None:
+    """Adds a stage's wall seconds to stages.json; a skipped stage keeps the figure of the run that did the work."""
+    path = os.path.join(workdir, "stages.json")
+    notes = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            notes = json.load(file)
+    notes["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}"
+    notes.setdefault("seconds", {})
+    notes["seconds"][stage] = round(max(seconds, notes["seconds"].get(stage, 0.0)), 1)
+    with open(path + ".tmp", "w") as file:
+        json.dump(notes, file, indent=1)
+    os.replace(path + ".tmp", path)
+    logging.info("%s took %.1f s", stage, seconds)
+
+
+if __name__ == "__main__":
+    launch.main(run)

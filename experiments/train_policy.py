@@ -1,0 +1,85 @@
+"""Clones a diffusion policy for each task from demonstrations, on the latents of the frozen world model.
+
+python -m experiments.train_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import functools
+import itertools
+
+import jax
+
+from experiments import launch, train_world_model
+from wam_jax import diffusion_policy, input_pipeline, latents, parallel, specs, training, world_model
+from wam_jax.checkpoints import Checkpointer
+from wam_jax.types import LatentState, Params, StepBatch
+
+
+def run(config, workdir: str) -> None:
+    """Trains the policy of every task to `policy.num_steps`."""
+    settings = policy_settings(config)
+    devices = parallel.local_devices(config.num_devices)
+    update = functools.partial(diffusion_policy.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
+    compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
+    encoded = encode_demonstrations(config, workdir)
+    for task in config.tasks:
+        bank = latents.policy_bank(*encoded[task], settings.chunk)
+        replicated = parallel.replicate(bank, devices)
+        training.fit(
+            compiled,
+            initial_state(config, task),
+            lambda _, bank=replicated: itertools.repeat(bank),
+            stage=stage(task),
+            workdir=workdir,
+            settings=settings.to_dict(),
+            seed=config.seed + specs.task_index(task),
+            num_steps=settings.num_steps,
+            updates_per_call=settings.updates_per_call,
+            save_every=settings.save_every,
+            devices=devices,
+        )
+
+
+def stage(task: str) -> str:
+    """Name of the stage, and the folder of its checkpoints in the workdir."""
+    return f"policy/{task}"
+
+
+def policy_settings(config):
+    """`config.policy` with what follows from it: the share of a device in the batch, and the length of the decay."""
+    devices = parallel.local_devices(config.num_devices)
+    batch_size = config.policy.batch_size // len(devices)
+    return launch.stage_settings(config.policy, batch_size=batch_size, decay_steps=config.policy.num_steps)
+
+
+def initial_state(config, task: str) -> diffusion_policy.PolicyState:
+    """The policy before training."""
+    rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
+    return diffusion_policy.init(rng, world_model.feature_dim(config.world_model), policy_settings(config))
+
+
+def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
+    """The demonstrations of each task and their latents under the workdir's world model."""
+    model, params = train_world_model.load(config, workdir)
+    _, directory = launch.dataset_directories(config, workdir)
+    episodes = input_pipeline.read_episodes(directory)
+    encoded = {}
+    for task in config.tasks:
+        chosen = [episode for episode in episodes if episode.task[0] == specs.task_index(task)]
+        if not chosen:
+            raise ValueError(f"{directory} holds no demonstration of {task}; collect some, or leave the task out")
+        rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
+        encoded[task] = latents.encode_episodes(model, params, chosen, rng), chosen
+    return encoded
+
+
+def load(config, workdir: str, task: str) -> Params:
+    """The cloned policy of a task: the moving average of its parameters."""
+    template = jax.eval_shape(functools.partial(initial_state, config, task))
+    checkpointer = Checkpointer(f"{workdir}/{stage(task)}")
+    state = checkpointer.restore(template, policy_settings(config).to_dict())
+    checkpointer.close()
+    return state.ema_params
+
+
+if __name__ == "__main__":
+    launch.main(run)

@@ -1,0 +1,109 @@
+"""Trains the success classifier of each task on latents: it is the reward of PPO in imagination.
+
+python -m experiments.train_reward --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import functools
+import itertools
+import json
+import os
+
+import jax
+import numpy as np
+
+from experiments import launch, train_policy, train_world_model
+from wam_jax import input_pipeline, latents, parallel, specs, success_classifier, training, world_model
+from wam_jax.checkpoints import Checkpointer
+from wam_jax.types import LatentState, Params, StepBatch
+
+
+def run(config, workdir: str) -> None:
+    """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play."""
+    settings = reward_settings(config)
+    devices = parallel.local_devices(config.num_devices)
+    update = functools.partial(success_classifier.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
+    compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
+    demonstrations = train_policy.encode_demonstrations(config, workdir)
+    held_out = encode_attempts(config, workdir, "validation")
+    play = encode_attempts(config, workdir, "train") if settings.use_play else {task: ([], []) for task in config.tasks}
+    quality = {}
+    for task in config.tasks:
+        labelled = [x + y for x, y in zip(demonstrations[task], play[task], strict=True)]
+        bank = latents.classifier_bank(*labelled)
+        success_classifier.check_labels(bank.label)
+        replicated = parallel.replicate(bank, devices)
+        state = training.fit(
+            compiled,
+            initial_state(config, task),
+            lambda _, bank=replicated: itertools.repeat(bank),
+            stage=stage(task),
+            workdir=workdir,
+            settings=settings.to_dict(),
+            seed=config.seed + specs.task_index(task),
+            num_steps=settings.num_steps,
+            updates_per_call=settings.updates_per_call,
+            save_every=settings.save_every,
+            devices=devices,
+        )
+        quality[task] = _quality(state.params, bank, held_out[task], settings)
+    write_quality(workdir, quality)
+
+
+def stage(task: str) -> str:
+    """Name of the stage, and the folder of its checkpoints in the workdir."""
+    return f"reward/{task}"
+
+
+def reward_settings(config):
+    """`config.reward` with the share of a device in the batch."""
+    devices = parallel.local_devices(config.num_devices)
+    return launch.stage_settings(config.reward, batch_size=config.reward.batch_size // len(devices))
+
+
+def initial_state(config, task: str) -> success_classifier.ClassifierState:
+    """The classifier before training."""
+    rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
+    return success_classifier.init(rng, world_model.feature_dim(config.world_model), reward_settings(config))
+
+
+def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
+    """The annotated attempts of play at each task, failures among them, and their latents."""
+    model, params = train_world_model.load(config, workdir)
+    directory, _ = launch.dataset_directories(config, workdir)
+    episodes = input_pipeline.read_episodes(directory, split)
+    encoded = {}
+    for task in config.tasks:
+        chosen = latents.attempts(episodes, specs.task_index(task))
+        rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
+        encoded[task] = latents.encode_episodes(model, params, chosen, rng), chosen
+    return encoded
+
+
+def _quality(params: Params, bank, held_out, settings) -> dict:
+    """Frame-wise precision and recall, on the training rows and on held-out play."""
+    measured = {"train": success_classifier.evaluate(params, bank, settings=settings)}
+    if held_out[0]:
+        rows = latents.classifier_bank(*held_out)
+        measured["held_out"] = success_classifier.evaluate(params, rows, settings=settings)
+    return jax.tree.map(lambda x: round(float(np.asarray(x)), 4), measured)
+
+
+def write_quality(workdir: str, quality: dict) -> None:
+    """Writes `reward/quality.json`: for each task and split precision, recall, accuracy and the share of successes."""
+    path = os.path.join(workdir, "reward", "quality.json")
+    with open(path + ".tmp", "w") as file:
+        json.dump(quality, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def load(config, workdir: str, task: str) -> Params:
+    """The success classifier of a task."""
+    template = jax.eval_shape(functools.partial(initial_state, config, task))
+    checkpointer = Checkpointer(f"{workdir}/{stage(task)}")
+    state = checkpointer.restore(template, reward_settings(config).to_dict())
+    checkpointer.close()
+    return state.params
+
+
+if __name__ == "__main__":
+    launch.main(run)

@@ -1,0 +1,70 @@
+"""Trains the world model on play: WAM with `action_weight` 1000, the DreamerV2 baseline with 0.
+
+python -m experiments.train_world_model --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import functools
+
+import jax
+
+from experiments import launch
+from wam_jax import input_pipeline, parallel, training, world_model
+from wam_jax.checkpoints import Checkpointer
+from wam_jax.types import Params
+from wam_jax.world_model import WorldModel
+
+STAGE = "world_model"
+
+
+def run(config, workdir: str) -> None:
+    """Trains to `world_model.num_steps`, from the newest checkpoint where there is one."""
+    settings = config.world_model
+    play_directory, _ = launch.dataset_directories(config, workdir)
+    devices = parallel.local_devices(config.num_devices)
+    model = world_model.build(settings)
+    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+
+    def make_batches(first_step: int):
+        return input_pipeline.make_batches(
+            play_directory,
+            "train",
+            settings.batch_size,
+            settings.window_length,
+            config.seed,
+            start_step=first_step,
+            num_devices=len(devices),
+            updates_per_dispatch=settings.updates_per_call,
+            cache=config.dataset.cache,
+        )
+
+    training.fit(
+        parallel.compile_updates(update, devices),
+        world_model.create_state(model, jax.random.key(config.seed)),
+        make_batches,
+        stage=STAGE,
+        workdir=workdir,
+        settings=settings.to_dict(),
+        seed=config.seed,
+        num_steps=settings.num_steps,
+        updates_per_call=settings.updates_per_call,
+        save_every=settings.save_every,
+        devices=devices,
+    )
+
+
+def load(config, workdir: str) -> tuple[WorldModel, Params]:
+    """Loads the frozen world model that later stages build on.
+
+    Raises:
+      ValueError: there is none yet, or it is of another size than the config says.
+    """
+    model = world_model.build(config.world_model)
+    template = jax.eval_shape(functools.partial(world_model.create_state, model), jax.random.key(0))
+    checkpointer = Checkpointer(f"{workdir}/{STAGE}")
+    state = checkpointer.restore(template, config.world_model.to_dict())
+    checkpointer.close()
+    return model, state.params
+
+
+if __name__ == "__main__":
+    launch.main(run)

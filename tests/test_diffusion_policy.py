@@ -1,0 +1,211 @@
+"""Diffusion policy: sizes, schedule, sampler, log-probabilities and behavioural cloning."""
+
+import functools
+
+import chex
+import distrax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from wam_jax import diffusion_policy
+from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
+from wam_jax.networks import rssm
+from wam_jax.networks.denoiser import Critic, Denoiser
+from wam_jax.types import LatentState
+
+STATE_DIM = 8 + 2 * 4
+
+
+def make_settings(**changes):
+    settings = {
+        "hidden_dim": 32,
+        "num_blocks": 1,
+        "time_dim": 16,
+        "chunk": 4,
+        "compute_dtype": "float32",
+        "denoising_steps": 8,
+        "finetuned_steps": 4,
+        "exploration_std": 0.1,
+        "evaluation_std": 1e-3,
+        "noise_clip": 3.0,
+        "learning_rate": 3e-3,
+        "final_learning_rate": 1e-4,
+        "warmup_steps": 10,
+        "decay_steps": 800,
+        "weight_decay": 1e-6,
+        "ema_decay": 0.98,
+        "resample_latent": True,
+        "batch_size": 64,
+    }
+    return ml_collections.FrozenConfigDict({**settings, **changes})
+
+
+def make_batch(batch_size=4):
+    rng = jax.random.split(jax.random.key(0), 3)
+    logits = 8 * jax.random.normal(rng[0], (batch_size, 2, 4))  # nearly certain, so that re-sampling changes little
+    latent = LatentState(
+        deterministic=jax.random.normal(rng[1], (batch_size, 8)),
+        logits=logits,
+        stochastic=jax.nn.one_hot(logits.argmax(-1), 4),
+    )
+    return PolicyBatch(latent, jax.random.uniform(rng[2], (batch_size, 4, 7), minval=-0.9, maxval=0.9))
+
+
+def num_parameters(params):
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_parameter_counts_are_dppos():
+    denoiser = functools.partial(Denoiser().init, method="denoise")
+    params = jax.eval_shape(
+        denoiser, jax.random.key(0), jnp.zeros((1, 4, 7)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 2048))
+    )
+    assert num_parameters(params) == 1_612_364
+    assert num_parameters(jax.eval_shape(Critic().init, jax.random.key(0), jnp.zeros((1, 2048)))) == 656_385
+
+
+def test_schedule_is_the_closed_form():
+    steps = 20
+    schedule = diffusion_policy.cosine_schedule(steps)
+
+    def signal(i):
+        return np.cos((i / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+
+    # Before the clip of the last beta, the product telescopes to f(t + 1) / f(0).
+    closed = np.array([signal(t + 1) / signal(0) for t in range(steps - 1)])
+    np.testing.assert_allclose(schedule.alpha_bar[:-1], closed, rtol=1e-5)
+    np.testing.assert_allclose(schedule.alpha_bar[-1], closed[-1] * 1e-3, rtol=1e-4)
+    beta = 1 - closed[1] / closed[0]
+    np.testing.assert_allclose(schedule.variance[1], beta * (1 - closed[0]) / (1 - closed[1]), rtol=1e-4)
+    np.testing.assert_allclose([schedule.variance[0], schedule.clean_weight[0], schedule.noisy_weight[0]], [0, 1, 0])
+
+
+def test_condition_equals_concatenation():
+    settings = make_settings()
+    rng = jax.random.split(jax.random.key(1), 3)
+    params = diffusion_policy.init(rng[0], STATE_DIM, settings).params
+    chunk, state = jax.random.normal(rng[1], (5, 4, 7)), jax.random.normal(rng[2], (5, STATE_DIM))
+    step = jnp.arange(5)
+    network = diffusion_policy.denoiser(settings)
+    predicted = network.apply(params, chunk, step, state, method="denoise")
+
+    p = params["params"]
+    mish = jax.nn.mish
+    frequency = np.exp(-np.log(10_000) / 7 * np.arange(8))
+    angle = np.arange(5)[:, None] * frequency
+    time = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+    time = mish(time @ p["time_hidden"]["kernel"] + p["time_hidden"]["bias"])
+    time = time @ p["time_out"]["kernel"] + p["time_out"]["bias"]
+    kernel = jnp.concatenate([p["chunk_in"]["kernel"], p["state_in"]["kernel"]])
+    hidden = jnp.concatenate([chunk.reshape(5, -1), time, state], -1) @ kernel + p["state_in"]["bias"]
+    block = p["blocks_0"]
+    inner = mish(hidden) @ block["Dense_0"]["kernel"] + block["Dense_0"]["bias"]
+    hidden = hidden + mish(inner) @ block["Dense_1"]["kernel"] + block["Dense_1"]["bias"]
+    expected = (hidden @ p["output"]["kernel"] + p["output"]["bias"]).reshape(5, 4, 7)
+    np.testing.assert_allclose(predicted, expected, atol=1e-5)
+
+
+def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
+    settings, batch = make_settings(hidden_dim=128), make_batch()
+    state = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
+    step = functools.partial(diffusion_policy.update_from_bank, settings=settings)
+
+    @jax.jit
+    def train(state, rng):
+        return jax.lax.scan(lambda state, rng: step(state, batch, rng), state, jax.random.split(rng, 800))
+
+    state, metrics = train(state, jax.random.key(1))
+    assert metrics["bc_loss"][-50:].mean() < 0.1 * metrics["bc_loss"][:10].mean()
+    policy = PolicyParams(base=state.ema_params, finetuned=state.ema_params)
+    act = jax.jit(functools.partial(diffusion_policy.act, settings=settings))
+    chunk = act(policy, rssm.feature(batch.latent), jax.random.key(2))
+    assert chunk.shape == (4, 4, 7) and jnp.abs(chunk).max() <= 1
+    assert jnp.abs(chunk - batch.action).mean() < 0.1, "the sampler does not reproduce what was cloned"
+
+
+def test_average_of_parameters_moves_every_update():
+    settings, batch = make_settings(), make_batch()
+    start = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
+    state, _ = jax.jit(functools.partial(diffusion_policy.update, settings=settings))(start, batch, jax.random.key(1))
+    expected = jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, start.ema_params, state.params)
+    chex.assert_trees_all_close(state.ema_params, expected, atol=1e-7)
+    assert int(state.step) == 1
+
+
+def test_resampling_draws_from_the_stored_posterior():
+    batch = make_batch(1)
+    flat = batch.replace(latent=batch.latent.replace(logits=jnp.zeros((1, 2, 4))))
+    params = diffusion_policy.init(jax.random.key(0), STATE_DIM, make_settings()).params
+
+    def difference(resample):
+        settings = make_settings(resample_latent=resample)
+        a, b = (diffusion_policy.loss(params, x, jax.random.key(3), settings=settings)[0] for x in (batch, flat))
+        return abs(float(a - b))
+
+    assert difference(False) == 0
+    assert difference(True) > 0
+
+
+def test_evaluation_adds_no_noise_at_the_last_step_and_exploration_does_at_all():
+    settings = make_settings()
+    evaluation = diffusion_policy.step_std(settings, explore=False)
+    assert evaluation[0] == 0 and (evaluation[1:] >= 1e-3).all()
+    np.testing.assert_allclose(diffusion_policy.step_std(settings, explore=True).min(), 0.1)
+
+
+def test_base_denoises_the_first_steps_and_the_finetuned_the_last():
+    settings = make_settings()
+    base = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings).params
+    other = diffusion_policy.init(jax.random.key(1), STATE_DIM, settings).params
+    feature = jax.random.normal(jax.random.key(2), (3, STATE_DIM))
+    draw = functools.partial(diffusion_policy.sample, explore=True, settings=settings)
+    chunk, chain = draw(PolicyParams(base, other), feature, jax.random.key(3))
+    _, chain_of_base = draw(PolicyParams(base, base), feature, jax.random.key(3))
+    assert chain.shape == (3, settings.finetuned_steps + 1, 4, 7)
+    np.testing.assert_array_equal(chain[:, 0], chain_of_base[:, 0])
+    assert jnp.abs(chain[:, 1] - chain_of_base[:, 1]).max() > 0
+    np.testing.assert_array_equal(chunk, jnp.clip(chain[:, -1], -1, 1))
+
+
+def test_log_prob_scores_the_distribution_that_the_sampler_draws_from():
+    settings = make_settings(noise_clip=100.0)
+    params = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings).params
+    feature = jax.random.normal(jax.random.key(1), (1, STATE_DIM)).repeat(4000, 0)
+    draw = functools.partial(diffusion_policy.sample, explore=True, settings=settings)
+    _, chain = jax.jit(draw)(PolicyParams(params, params), feature, jax.random.key(2))
+    conditioned = diffusion_policy.condition(params, feature, settings=settings)
+    steps = np.arange(settings.finetuned_steps - 1, -1, -1)
+    std = np.asarray(diffusion_policy.step_std(settings, explore=True))[steps]
+    for i, step in enumerate(steps):
+        normal = diffusion_policy.transition(
+            params, conditioned, chain[:, i], jnp.asarray(step), explore=True, settings=settings
+        )
+        standardised = (chain[:, i + 1] - normal.loc) / std[i]
+        np.testing.assert_allclose([standardised.mean(), standardised.std()], [0, 1], atol=0.01)
+        element = distrax.Normal(normal.loc, std[i]).log_prob(chain[:, i + 1])
+        expected = np.clip(element, -5, 2).mean((-2, -1))
+        scored = diffusion_policy.log_prob(params, conditioned, chain, settings=settings)[:, i]
+        np.testing.assert_allclose(scored, expected, atol=1e-4)
+
+
+def test_executed_actions_are_the_robots():
+    chunk = jnp.full((1, 2, 7), 0.3).at[0, 1].set(-1.7)
+    executed = diffusion_policy.executed(chunk)
+    np.testing.assert_allclose(executed[0, :, -1], [1, -1])
+    np.testing.assert_allclose(executed[0, :, 0], [0.3, -1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_losses_and_samples_are_float32(dtype):
+    settings = make_settings(compute_dtype=dtype)
+    state = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
+    feature = rssm.feature(make_batch().latent)
+    value, _ = diffusion_policy.loss(state.params, make_batch(), jax.random.key(1), settings=settings)
+    chunk = diffusion_policy.act(
+        PolicyParams(state.params, state.params), feature, jax.random.key(2), settings=settings
+    )
+    assert value.dtype == chunk.dtype == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))

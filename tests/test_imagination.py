@@ -1,0 +1,132 @@
+"""The learned environment: starts, chunks, rewards, ends of episodes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from wam_jax import diffusion_policy, imagination
+from wam_jax.imagination import ImaginationInputs
+from wam_jax.networks import rssm
+from wam_jax.types import LatentState
+
+STATE_DIM = 3 + 2 * 4
+SETTINGS = ml_collections.FrozenConfigDict({"num_rollouts": 6, "horizon": 3, "resample_latent": True})
+POLICY_SETTINGS = ml_collections.FrozenConfigDict(
+    {
+        "hidden_dim": 16,
+        "num_blocks": 1,
+        "time_dim": 16,
+        "chunk": 2,
+        "compute_dtype": "float32",
+        "denoising_steps": 4,
+        "finetuned_steps": 2,
+        "exploration_std": 0.1,
+        "evaluation_std": 1e-3,
+        "noise_clip": 3.0,
+        "learning_rate": 1e-4,
+        "final_learning_rate": 1e-5,
+        "warmup_steps": 1,
+        "decay_steps": 2,
+        "weight_decay": 0.0,
+    }
+)
+
+
+def imagine_step(params, latent, action, rng):
+    """h = (position, steps taken, last gripper command); z is drawn uniformly."""
+    position, steps = latent.deterministic[:, 0], latent.deterministic[:, 1]
+    deterministic = jnp.stack([position + params["gain"] * action[:, 0], steps + 1, action[:, -1]], axis=-1)
+    return LatentState(deterministic, latent.logits, rssm.sample_stochastic(latent.logits, rng))
+
+
+def reward_rule(params, feature, count):
+    return feature[:, 0] > params["goal"], count + 1
+
+
+def make_bank(size=5, dtype=jnp.float32):
+    logits = jnp.zeros((size, 2, 4))
+    deterministic = jnp.zeros((size, 3), dtype).at[:, 0].set(jnp.arange(size) / 100)
+    return LatentState(deterministic, logits, jax.nn.one_hot(jnp.zeros((size, 2), int), 4))
+
+
+def make_inputs(goal, gain=1.0):
+    policy = diffusion_policy.init(jax.random.key(0), STATE_DIM, POLICY_SETTINGS).params
+    return ImaginationInputs(make_bank(), {"gain": jnp.asarray(gain)}, {"goal": jnp.asarray(goal)}, policy)
+
+
+def run(inputs, rng, **changes):
+    policy = diffusion_policy.PolicyParams(inputs.base_policy_params, inputs.base_policy_params)
+    rollout = functools.partial(
+        imagination.rollout,
+        explore=True,
+        imagine_step=imagine_step,
+        reward_rule=reward_rule,
+        policy_settings=POLICY_SETTINGS,
+        settings=ml_collections.FrozenConfigDict({**SETTINGS, **changes}),
+    )
+    return jax.jit(rollout)(policy, inputs, rng)
+
+
+def test_starts_come_from_the_bank_with_fresh_latents():
+    state = imagination.reset(make_bank(), jax.random.key(0), settings=ml_collections.FrozenConfigDict(
+        {"num_rollouts": 100, "horizon": 3, "resample_latent": True}))  # fmt: skip
+    position = np.asarray(state.latent.deterministic[:, 0])
+    assert set(np.round(100 * position).astype(int)) == {0, 1, 2, 3, 4}
+    assert (state.latent.stochastic.sum(-1) == 1).all() and state.latent.stochastic[..., 0].mean() < 0.5
+    assert not state.done.any() and state.success_count.sum() == 0
+
+
+def test_a_decision_takes_every_action_in_order_with_the_gripper_thresholded():
+    inputs = make_inputs(goal=100.0)
+    settings = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
+    state = imagination.reset(inputs.start, jax.random.key(0), settings=settings)
+    chunk = jnp.zeros((2, 2, 7)).at[:, :, 0].set(jnp.array([[0.5, 0.25], [2.0, -0.5]])).at[:, -1, -1].set(0.1)
+    after, reward, terminated, truncated = imagination.step_chunk(
+        state, chunk, jax.random.key(1), inputs, imagine_step=imagine_step, reward_rule=reward_rule, settings=settings
+    )
+    moved = after.latent.deterministic[:, 0] - state.latent.deterministic[:, 0]
+    np.testing.assert_allclose(moved, [0.75, 0.5], atol=1e-6)  # 2.0 is clipped to 1
+    np.testing.assert_allclose(after.latent.deterministic[:, 1:], [[2, 1], [2, 1]])
+    assert not terminated.any() and not truncated.any() and reward.sum() == 0
+
+
+def test_success_within_a_chunk_counts_and_ends_the_episode_once():
+    inputs = make_inputs(goal=0.4)
+    settings = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
+    static = {"imagine_step": imagine_step, "reward_rule": reward_rule, "settings": settings}
+    state = imagination.reset(inputs.start, jax.random.key(0), settings=settings)
+    there_and_back = jnp.zeros((2, 2, 7)).at[0, :, 0].set(jnp.array([0.5, -0.5]))
+    rewards, ends, cuts = [], [], []
+    for step in range(3):
+        state, reward, terminated, truncated = imagination.step_chunk(
+            state, there_and_back, jax.random.key(step), inputs, **static
+        )
+        rewards, ends, cuts = [*rewards, reward], [*ends, terminated], [*cuts, truncated]
+    np.testing.assert_array_equal(rewards, [[1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(ends, np.array(rewards, bool))
+    np.testing.assert_array_equal(cuts, [[False, False], [False, False], [False, True]])
+
+
+def test_rollout_is_one_episode_each_and_the_rest_is_invalid():
+    episodes = run(make_inputs(goal=0.9), jax.random.key(3), num_rollouts=64)
+    valid, terminated, truncated = (np.asarray(x) for x in (episodes.valid, episodes.terminated, episodes.truncated))
+    assert episodes.feature.shape == (3, 64, STATE_DIM) and episodes.chain.shape == (3, 64, 3, 2, 7)
+    assert episodes.last_feature.shape == (64, STATE_DIM)
+    np.testing.assert_array_equal(episodes.reward, terminated)
+    np.testing.assert_array_equal((terminated | truncated).sum(0), 1)
+    ended_before = np.cumsum(terminated, axis=0) - terminated
+    np.testing.assert_array_equal(valid, ended_before == 0)
+    assert 0 < terminated.any(0).sum() < 64, "the test needs both ends"
+    np.testing.assert_allclose(imagination.success_rate(episodes), terminated.any(0).mean(), rtol=1e-6)
+    position, last = np.asarray(episodes.feature[..., 0]), np.asarray(episodes.last_feature[:, 0])
+    executed = np.clip(np.asarray(episodes.chain[:, :, -1, :, 0]), -1, 1).sum(-1)
+    np.testing.assert_allclose(np.diff(np.concatenate([position, last[None]]), axis=0), executed, atol=1e-5)
+
+
+def test_rollout_keeps_the_banks_dtypes():
+    inputs = make_inputs(goal=100.0).replace(start=make_bank(dtype=jnp.bfloat16))
+    episodes = run(inputs, jax.random.key(0))
+    assert episodes.feature.dtype == jnp.bfloat16 and episodes.chain.dtype == episodes.reward.dtype == jnp.float32

@@ -1,0 +1,85 @@
+"""Checkpoints of every stage, through Orbax: written to a temporary name and renamed, restored onto any devices."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpointer:
+    """The checkpoints of one stage: a train state and the settings it was made with, by step."""
+
+    def __init__(self, directory: str, *, max_to_keep: int = 2):
+        self.directory = os.path.abspath(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, settings: dict) -> None:
+        """Saves in the background; returns once the arrays are copied to the host."""
+        if step == self.latest_step():
+            return
+        state = jax.tree.map(np.asarray, state)
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings))
+        )
+
+    def restore(self, template: Any, settings: dict, step: int | None = None) -> Any:
+        """Restores a state as host arrays.
+
+        Args:
+          template: a state of the expected shapes (arrays or ShapeDtypeStructs).
+          settings: the settings the template was made from; named in the error where sizes differ.
+          step: None for the newest.
+
+        Raises:
+          ValueError: there is no checkpoint, or it is of another size.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise ValueError(f"no checkpoint in {self.directory}; run the stage that writes it first")
+        self._check_size(template, settings, step)
+        host = jax.tree.map(lambda x: np.zeros(np.shape(x), x.dtype), template)
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(host)))["state"]
+
+    def wait(self) -> None:
+        """Blocks until every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the manager's threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _check_size(self, template, settings, step):
+        with open(os.path.join(self.directory, str(step), "settings", "metadata")) as file:
+            saved_settings = json.load(file)
+        saved = self._manager.item_metadata(step)["state"].tree
+        found, expected = _shapes(saved), _shapes(template)
+        if found == expected:
+            return
+        different = {
+            key: (saved_settings.get(key), value)
+            for key, value in json.loads(json.dumps(settings)).items()
+            if saved_settings.get(key) != value
+        }
+        names = ", ".join(f"{key}={old!r} there, {new!r} here" for key, (old, new) in sorted(different.items()))
+        raise ValueError(
+            f"the checkpoint {self.directory}/{step} is of another size ({names or 'the settings agree'}); use the "
+            "config it was trained with, or another --workdir"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Maps every leaf's path, spelled alike for structs and dicts, to its shape."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

@@ -1,0 +1,301 @@
+"""Diffusion policy on the latents of the world model: DDPM over chunks of actions (Ho et al. 2020; Chi et al. 2023).
+
+The network predicts noise; the chunk x_0 has C actions, step K-1 is the noisiest and step 0 the last. A policy is two
+sets of parameters, since PPO fine-tunes only the last F steps: BC's policy is the pair of twice the same. One sampler
+serves collection (`explore=True`) and evaluation.
+
+Keys of `settings` (the papers' values):
+    hidden_dim 512, num_blocks 1, time_dim 16, chunk 4, compute_dtype "float32"
+    denoising_steps 20 (K), finetuned_steps 10 (F), exploration_std 0.1, evaluation_std 1e-3, noise_clip 3.0
+    learning_rate 1e-4, final_learning_rate 1e-5, warmup_steps, decay_steps, weight_decay 1e-6, ema_decay 0.995
+    resample_latent True, batch_size 256 (per device; only `update_from_bank` reads it)
+
+Where this differs from DPPO's code:
+  * The average of the parameters moves at every update; DPPO moves it every tenth epoch with the same decay, so its
+    average reaches back much further.
+  * The learning rate warms up and decays per update, not per epoch.
+  * Executed chunks are clipped to [-1, 1], the range of the actions; DPPO executes them as they come.
+  * z is drawn anew from the stored posterior in every update (`resample_latent`), as the policy meets it when it acts.
+"""
+
+from typing import Any
+
+import distrax
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from wam_jax import specs
+from wam_jax.networks import rssm
+from wam_jax.networks.denoiser import Denoiser
+from wam_jax.parallel import pmean
+from wam_jax.types import Array, LatentState, Metrics, Params
+
+COSINE_OFFSET = 0.008
+MAX_BETA = 0.999
+LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
+
+
+@flax.struct.dataclass
+class Schedule:
+    """Constants of the diffusion, one per denoising step; float32 [K]."""
+
+    alpha_bar: Array  # share of the signal's variance left at step t
+    variance: Array  # of the posterior q(x_{t-1} | x_t, x_0)
+    clean_weight: Array  # weight of x_0 in the posterior's mean
+    noisy_weight: Array  # weight of x_t in the posterior's mean
+
+
+@flax.struct.dataclass
+class PolicyParams:
+    """A policy's two noise predictors; they are the same before fine-tuning."""
+
+    base: Params  # predicts steps t >= F
+    finetuned: Params  # predicts steps t < F
+
+
+@flax.struct.dataclass
+class PolicyBatch:
+    """Latents and the actions that experts took from there on; also the whole bank of them."""
+
+    latent: LatentState  # [B, ...], posterior of the world model
+    action: Array  # float32 [B, C, 7], in [-1, 1]
+
+
+@flax.struct.dataclass
+class PolicyState:
+    """Training state of behavioural cloning."""
+
+    params: Params  # float32
+    ema_params: Params  # float32, moving average of `params`; this is the policy
+    optimizer_state: Any
+    step: Array  # int32 [], updates done
+
+
+def cosine_schedule(num_steps: int) -> Schedule:
+    """The cosine schedule of Nichol & Dhariwal (2021), eq. 17, for K steps."""
+    grid = np.arange(num_steps + 1) / num_steps
+    signal = np.cos((grid + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
+    beta = np.clip(1 - signal[1:] / signal[:-1], 0, MAX_BETA)
+    alpha_bar = np.cumprod(1 - beta)
+    previous = np.append(1.0, alpha_bar[:-1])
+    return Schedule(
+        alpha_bar=jnp.asarray(alpha_bar, jnp.float32),
+        variance=jnp.asarray(beta * (1 - previous) / (1 - alpha_bar), jnp.float32),
+        clean_weight=jnp.asarray(beta * np.sqrt(previous) / (1 - alpha_bar), jnp.float32),
+        noisy_weight=jnp.asarray((1 - previous) * np.sqrt(1 - beta) / (1 - alpha_bar), jnp.float32),
+    )
+
+
+def step_std(settings: Any, *, explore: bool) -> Array:
+    """Standard deviation of each denoising step's Gaussian, float32 [K].
+
+    Exploration floors it at every step, so that log-probabilities stay finite; evaluation adds no noise at the last.
+    """
+    std = jnp.sqrt(cosine_schedule(settings.denoising_steps).variance)
+    if explore:
+        return jnp.maximum(std, settings.exploration_std)
+    return jnp.maximum(std, settings.evaluation_std).at[0].set(0.0)
+
+
+def denoiser(settings: Any, state_dim: int = 2048) -> Denoiser:
+    """The noise predictor; `state_dim` matters to its initialisation only."""
+    return Denoiser(
+        hidden_dim=settings.hidden_dim,
+        num_blocks=settings.num_blocks,
+        time_dim=settings.time_dim,
+        chunk=settings.chunk,
+        state_dim=state_dim,
+        dtype=jnp.dtype(settings.compute_dtype),
+    )
+
+
+def optimizer(settings: Any) -> optax.GradientTransformation:
+    """AdamW; the learning rate rises linearly, then falls along a cosine, per update."""
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        init_value=settings.final_learning_rate,
+        peak_value=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+        end_value=settings.final_learning_rate,
+    )
+    return optax.adamw(learning_rate, weight_decay=settings.weight_decay)
+
+
+def init(rng: Array, state_dim: int, settings: Any) -> PolicyState:
+    """Fresh training state for states of `state_dim` entries."""
+    noisy_chunk = jnp.zeros((1, settings.chunk, specs.ACTION_DIM))
+    step, state = jnp.zeros(1, jnp.int32), jnp.zeros((1, state_dim))
+    params = denoiser(settings, state_dim).init(rng, noisy_chunk, step, state, method="denoise")
+    return PolicyState(
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        optimizer_state=optimizer(settings).init(params),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tuple[Array, Metrics]:
+    """Mean squared error of the predicted noise at uniformly drawn steps (Ho et al. 2020, eq. 14).
+
+    Args:
+      params: of the noise predictor.
+      batch: B latents and chunks.
+      rng: one key.
+      settings: see the module.
+
+    Returns:
+      float32 scalar, mean over batch, chunk and action entries; and metrics.
+    """
+    latent_rng, step_rng, noise_rng = jax.random.split(rng, 3)
+    latent = batch.latent
+    if settings.resample_latent:
+        latent = latent.replace(stochastic=rssm.sample_stochastic(latent.logits, latent_rng))
+    step = jax.random.randint(step_rng, batch.action.shape[:1], 0, settings.denoising_steps)
+    noise = jax.random.normal(noise_rng, batch.action.shape)
+    alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
+    noisy_chunk = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1 - alpha_bar) * noise
+    predicted = denoiser(settings).apply(params, noisy_chunk, step, rssm.feature(latent), method="denoise")
+    error = jnp.mean(jnp.square(predicted - noise))
+    return error, {"bc_loss": error}
+
+
+def update(
+    state: PolicyState, batch: PolicyBatch, rng: Array, *, settings: Any, axis_name: str | None = None
+) -> tuple[PolicyState, Metrics]:
+    """One step of AdamW, and of the parameters' average, on a batch."""
+    grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, rng, settings=settings)
+    grads, metrics = pmean(grads, axis_name), pmean(metrics, axis_name)
+    updates, optimizer_state = optimizer(settings).update(grads, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = PolicyState(
+        params=params,
+        ema_params=optax.incremental_update(params, state.ema_params, 1 - settings.ema_decay),
+        optimizer_state=optimizer_state,
+        step=state.step + 1,
+    )
+    return state, {**metrics, "gradient_norm": optax.global_norm(grads)}
+
+
+def update_from_bank(
+    state: PolicyState, bank: PolicyBatch, rng: Array, *, settings: Any, axis_name: str | None = None
+) -> tuple[PolicyState, Metrics]:
+    """`update` on `settings.batch_size` rows drawn uniformly, with replacement, from a bank on the device."""
+    draw_rng, update_rng = jax.random.split(rng)
+    rows = jax.random.randint(draw_rng, (settings.batch_size,), 0, bank.action.shape[0])
+    batch = jax.tree.map(lambda x: x[rows], bank)
+    return update(state, batch, update_rng, settings=settings, axis_name=axis_name)
+
+
+def condition(params: Params, feature: Array, *, settings: Any) -> Array:
+    """What the noise predictor needs of the state, once a decision: [..., state_dim] -> [..., hidden]."""
+    return denoiser(settings).apply(params, feature, method="condition")
+
+
+def transition(
+    params: Params, conditioned: Array, noisy_chunk: Array, step: Array, *, explore: bool, settings: Any
+) -> distrax.Normal:
+    """The Gaussian that a denoising step draws x_{t-1} from (Ho et al. 2020, eq. 7, with x_0 clipped to [-1, 1]).
+
+    Args:
+      params: of the noise predictor.
+      conditioned: [..., hidden], from `condition`.
+      noisy_chunk: [..., C, A], x_t.
+      step: int [...], t; leading axes broadcast.
+      explore: whether the standard deviation is floored for exploration.
+      settings: see the module.
+
+    Returns:
+      element-wise normal distribution over [..., C, A], float32.
+    """
+    schedule = cosine_schedule(settings.denoising_steps)
+
+    def at_step(values):
+        return values[step][..., None, None]
+
+    noise = denoiser(settings).apply(params, noisy_chunk, step, conditioned)
+    clean = at_step(lax.rsqrt(schedule.alpha_bar)) * noisy_chunk
+    clean = clean - at_step(jnp.sqrt(1 / schedule.alpha_bar - 1)) * noise
+    mean = at_step(schedule.clean_weight) * jnp.clip(clean, -1, 1) + at_step(schedule.noisy_weight) * noisy_chunk
+    return distrax.Normal(mean, at_step(step_std(settings, explore=explore)))
+
+
+def finetuned_steps(settings: Any) -> Array:
+    """The last F denoising steps in the order they are taken, F-1 ... 0: int32 [F]."""
+    return jnp.arange(settings.finetuned_steps - 1, -1, -1)
+
+
+def sample(params: PolicyParams, feature: Array, rng: Array, *, explore: bool, settings: Any) -> tuple[Array, Array]:
+    """Draws a chunk of actions: the base denoises steps t >= F, the fine-tuned network the rest.
+
+    Args:
+      params: base and fine-tuned parameters.
+      feature: [B, state_dim], [h; z] of the latent.
+      rng: one key.
+      explore: floors the noise at `exploration_std` at every step; otherwise at `evaluation_std`, and none at the last.
+      settings: see the module.
+
+    Returns:
+      the chunk to execute, float32 [B, C, A], clipped to [-1, 1]; and the chain of the fine-tuned steps, unclipped,
+      float32 [B, F+1, C, A]: the input of step F-1, then the output of each.
+    """
+    shape = (settings.denoising_steps + 1, feature.shape[0], settings.chunk, specs.ACTION_DIM)
+    noise = jax.random.normal(rng, shape)
+    first, noise = noise[0], jnp.clip(noise[1:], -settings.noise_clip, settings.noise_clip)
+    base_steps = jnp.arange(settings.denoising_steps - 1, settings.finetuned_steps - 1, -1)
+
+    def denoise(network_params, noisy_chunk, steps, step_noise):
+        conditioned = condition(network_params, feature, settings=settings)
+
+        def body(noisy_chunk, step_and_noise):
+            step, noise = step_and_noise
+            normal = transition(network_params, conditioned, noisy_chunk, step, explore=explore, settings=settings)
+            noisy_chunk = normal.loc + normal.scale * noise
+            return noisy_chunk, noisy_chunk
+
+        return lax.scan(body, noisy_chunk, (steps, step_noise))
+
+    num_base = base_steps.shape[0]
+    start, _ = denoise(params.base, first, base_steps, noise[:num_base])
+    last, outputs = denoise(params.finetuned, start, finetuned_steps(settings), noise[num_base:])
+    chain = jnp.concatenate([start[None], outputs])
+    return jnp.clip(last, -1, 1), jnp.moveaxis(chain, 0, 1)
+
+
+def act(params: PolicyParams, feature: Array, rng: Array, *, settings: Any) -> Array:
+    """The chunk that evaluation executes: features [B, state_dim] -> float32 [B, C, 7] in [-1, 1]."""
+    return sample(params, feature, rng, explore=False, settings=settings)[0]
+
+
+def log_prob(params: Params, conditioned: Array, chain: Array, *, settings: Any) -> Array:
+    """Log-probability of each fine-tuned step of a chain, as DPPO scores it.
+
+    Every element's log-density is clamped to [-5, 2], then averaged (not summed) over the chunk. That the sampler
+    truncates its noise is ignored, as in DPPO.
+
+    Args:
+      params: of the fine-tuned noise predictor.
+      conditioned: [B, hidden], from `condition` with the same parameters.
+      chain: [B, F+1, C, A], from `sample` with `explore=True`.
+      settings: see the module.
+
+    Returns:
+      float32 [B, F], for steps F-1 ... 0.
+    """
+    normal = transition(
+        params, conditioned[:, None], chain[:, :-1], finetuned_steps(settings), explore=True, settings=settings
+    )
+    element = jnp.clip(normal.log_prob(chain[:, 1:]), LOG_PROB_MIN, LOG_PROB_MAX)
+    return jnp.mean(element, axis=(-2, -1))
+
+
+def executed(chunk: Array) -> Array:
+    """Actions as the robot carries them out: the gripper opens (+1) where its entry is > 0, else closes (-1).
+
+    The world model has only seen those two commands; environments apply the same rule themselves.
+    """
+    gripper = jnp.where(chunk[..., -1:] > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE)
+    return jnp.concatenate([jnp.clip(chunk[..., :-1], -1, 1), gripper], axis=-1)

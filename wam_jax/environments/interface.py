@@ -1,0 +1,42 @@
+"""The one interface of all environments: batches of episodes, one call a chunk of actions.
+
+Playtable implements it with compiled pure functions, a simulator in worker processes implements it on the host: nothing
+in it needs either.
+"""
+
+from typing import Any, Protocol
+
+from wam_jax.types import Array, Observation
+
+State = Any  # a pytree (Playtable) or a handle (simulators); leading axis B where it is a pytree
+
+
+class Environment(Protocol):
+    """A batch of B independent episodes of the table."""
+
+    name: str
+
+    def reset_to_task(self, rng: Array, task: Array) -> State:
+        """Draws a random start for each episode, in which its task is possible and not yet solved.
+
+        Args:
+          rng: one key.
+          task: int32 [B], index into specs.TASKS.
+        """
+        ...
+
+    def observe(self, state: State) -> Observation:
+        """Renders both cameras and reads the proprioception and scene state of each episode: [B, ...]."""
+        ...
+
+    def step_chunk(self, state: State, actions: Array) -> tuple[State, Observation]:
+        """Executes C actions in each episode.
+
+        Args:
+          state: B episodes.
+          actions: float32 [B, C, 7], relative actions; the gripper is open where its entry is > 0, else closed.
+
+        Returns:
+          the state after the chunk, and the observation after each action, [B, C, ...].
+        """
+        ...

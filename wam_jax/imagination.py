@@ -1,0 +1,171 @@
+"""The learned environment, and rollouts of a diffusion policy in it: the Dream Diffusion MDP (DiWA, Celik et al. 2025).
+
+A decision denoises a chunk of C actions; the frozen world model then takes C steps of its prior, and the reward rule
+looks at each latent on the way (DiWA: only at the chunk's last). The reward of a decision is 1 where it brings success,
+else 0. Every rollout is one episode of at most H decisions from a fresh start: success terminates it, the horizon
+truncates it. After termination the world model runs on, for the sake of static shapes, and those decisions are marked
+invalid. Nothing is reset on the way, so no trace can run from one episode into the next.
+
+Keys of `settings` (the papers' values):
+    num_rollouts 50 (B, per device), horizon 18 (H)
+    resample_latent True: draws the start's z from its stored posterior instead of repeating the stored sample
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wam_jax import diffusion_policy
+from wam_jax.networks import rssm
+from wam_jax.types import Array, LatentState, Params
+
+# (world_model_params, latent [B, ...], action [B, 7], rng) -> latent: one step of the prior, z sampled.
+ImagineStep = Callable[[Params, LatentState, Array, Array], LatentState]
+# (reward_params, feature [B, state_dim], count int32 [B]) -> (success bool [B], count): see success_classifier.
+RewardRule = Callable[[Params, Array, Array], tuple[Array, Array]]
+
+
+@flax.struct.dataclass
+class ImaginationInputs:
+    """What imagination needs and training does not change."""
+
+    start: LatentState  # [M, ...], bank of start latents (posteriors of real first frames)
+    world_model_params: Params
+    reward_params: Params  # of the success classifier, or whatever the reward rule reads
+    base_policy_params: Params  # of the cloned policy (its moving average)
+
+
+@flax.struct.dataclass
+class ImaginedState:
+    """B imagined episodes."""
+
+    latent: LatentState  # [B, ...]
+    success_count: Array  # int32 [B], positive frames in a row, for the reward rule
+    done: Array  # bool [B], terminated in an earlier decision
+    decision: Array  # int32 [], decisions taken
+
+
+@flax.struct.dataclass
+class Rollout:
+    """H decisions of B episodes; `valid` marks those that were taken before the episode ended."""
+
+    feature: Array  # [H, B, state_dim], before the decision
+    last_feature: Array  # [B, state_dim], after decision H
+    chain: Array  # float32 [H, B, F+1, C, A], denoising chain of the decision
+    reward: Array  # float32 [H, B], 0 or 1
+    terminated: Array  # bool [H, B], success at this decision
+    truncated: Array  # bool [H, B], the horizon ends the episode here, without success
+    valid: Array  # bool [H, B]
+
+
+def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
+    """Draws the first latent of each episode uniformly from a bank, with replacement.
+
+    Args:
+      start: [M, ...], the bank.
+      rng: one key.
+      settings: see the module.
+    """
+    row_rng, latent_rng = jax.random.split(rng)
+    rows = jax.random.randint(row_rng, (settings.num_rollouts,), 0, start.deterministic.shape[0])
+    latent = jax.tree.map(lambda x: x[rows], start)
+    if settings.resample_latent:
+        stochastic = rssm.sample_stochastic(latent.logits, latent_rng).astype(latent.stochastic.dtype)
+        latent = latent.replace(stochastic=stochastic)
+    return ImaginedState(
+        latent=latent,
+        success_count=jnp.zeros(settings.num_rollouts, jnp.int32),
+        done=jnp.zeros(settings.num_rollouts, bool),
+        decision=jnp.zeros((), jnp.int32),
+    )
+
+
+def step_chunk(
+    state: ImaginedState,
+    chunk: Array,
+    rng: Array,
+    inputs: ImaginationInputs,
+    *,
+    imagine_step: ImagineStep,
+    reward_rule: RewardRule,
+    settings: Any,
+) -> tuple[ImaginedState, Array, Array, Array]:
+    """Executes one decision in every episode.
+
+    Args:
+      state: B episodes.
+      chunk: float32 [B, C, A], in [-1, 1]; the gripper is thresholded as environments do.
+      rng: one key.
+      inputs: world model and reward parameters.
+      imagine_step: one step of the world model's prior.
+      reward_rule: judges each latent.
+      settings: see the module.
+
+    Returns:
+      the next state; reward float32 [B]; terminated bool [B]; truncated bool [B]. All zero in episodes already done.
+    """
+
+    def body(carry, action_and_rng):
+        latent, count, success = carry
+        stepped = imagine_step(inputs.world_model_params, latent, *action_and_rng)
+        # The bank decides the dtypes: a scan's carry may not change them.
+        latent = jax.tree.map(lambda new, old: new.astype(old.dtype), stepped, latent)
+        solved, count = reward_rule(inputs.reward_params, rssm.feature(latent), count)
+        return (latent, count, success | solved), None
+
+    actions = jnp.moveaxis(diffusion_policy.executed(chunk), 1, 0)
+    carry = (state.latent, state.success_count, jnp.zeros_like(state.done))
+    (latent, count, success), _ = lax.scan(body, carry, (actions, jax.random.split(rng, actions.shape[0])))
+    terminated = success & ~state.done
+    truncated = (state.decision == settings.horizon - 1) & ~success & ~state.done
+    next_state = ImaginedState(latent, count, state.done | success, state.decision + 1)
+    return next_state, terminated.astype(jnp.float32), terminated, truncated
+
+
+def rollout(
+    policy: diffusion_policy.PolicyParams,
+    inputs: ImaginationInputs,
+    rng: Array,
+    *,
+    explore: bool,
+    imagine_step: ImagineStep,
+    reward_rule: RewardRule,
+    policy_settings: Any,
+    settings: Any,
+) -> Rollout:
+    """Runs the policy for H decisions in B episodes from fresh starts.
+
+    Args:
+      policy: base and fine-tuned parameters; they need not be `inputs.base_policy_params`.
+      inputs: start latents, world model and reward parameters.
+      rng: one key.
+      explore: samples as PPO collects, otherwise as evaluation acts.
+      imagine_step: one step of the world model's prior.
+      reward_rule: judges each latent.
+      policy_settings: see diffusion_policy.
+      settings: see the module.
+    """
+
+    def decide(state, rng):
+        policy_rng, model_rng = jax.random.split(rng)
+        feature = rssm.feature(state.latent)
+        chunk, chain = diffusion_policy.sample(policy, feature, policy_rng, explore=explore, settings=policy_settings)
+        next_state, reward, terminated, truncated = step_chunk(
+            state, chunk, model_rng, inputs, imagine_step=imagine_step, reward_rule=reward_rule, settings=settings
+        )
+        return next_state, (feature, chain, reward, terminated, truncated, ~state.done)
+
+    reset_rng, decision_rng = jax.random.split(rng)
+    state = reset(inputs.start, reset_rng, settings=settings)
+    last_state, decisions = lax.scan(decide, state, jax.random.split(decision_rng, settings.horizon))
+    feature, chain, reward, terminated, truncated, valid = decisions
+    return Rollout(feature, rssm.feature(last_state.latent), chain, reward, terminated, truncated, valid)
+
+
+def success_rate(episodes: Rollout) -> Array:
+    """Share of the episodes that ended in (imagined) success: float32 scalar."""
+    return jnp.mean(jnp.any(episodes.terminated, axis=0))

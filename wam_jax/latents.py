@@ -1,0 +1,119 @@
+"""Latents of recorded episodes under a frozen world model, and the banks that policy, classifier and PPO draw from."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from wam_jax import world_model
+from wam_jax.diffusion_policy import PolicyBatch
+from wam_jax.success_classifier import ClassifierBatch
+from wam_jax.types import Array, LatentState, Params, StepBatch
+from wam_jax.world_model import WorldModel
+
+_LENGTH_MULTIPLE = 16  # episodes are padded to multiples of this, so that few programs are compiled
+
+
+def encode_episodes(
+    model: WorldModel, params: Params, episodes: Sequence[StepBatch], rng: Array, *, batch_size: int = 32
+) -> list[LatentState]:
+    """Filters every episode from its first frame on, as an acting policy does.
+
+    Args:
+      model, params: the frozen world model.
+      episodes: steps [T, ...] each, of any lengths.
+      rng: key for z.
+      batch_size: episodes at a time.
+
+    Returns:
+      posterior states [T, ...] of each episode, numpy.
+    """
+    encode = _encoder(model)
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].action))  # alike lengths share a batch
+    latents: list[LatentState | None] = [None] * len(episodes)
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        longest = max(len(episodes[i].action) for i in indices)
+        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        rows = indices + indices[-1:] * (batch_size - len(indices))  # a full batch, so that one program serves all
+        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(episodes[i], length) for i in rows])
+        encoded = jax.device_get(encode(params, batch, jax.random.fold_in(rng, first)))
+        for row, index in enumerate(indices):
+            steps = len(episodes[index].action)
+            latents[index] = jax.tree.map(lambda x, row=row, steps=steps: x[row, :steps], encoded)
+    return latents
+
+
+@functools.lru_cache(maxsize=4)
+def _encoder(model: WorldModel):
+    @jax.jit
+    def encode(params, batch, rng):
+        embedding = world_model.embed(model, params, batch.observation)
+        return world_model.observe(model, params, embedding, batch.action, rng)
+
+    return encode
+
+
+def _pad(episode: StepBatch, length: int) -> StepBatch:
+    """Repeats the last step up to `length`; what a filter makes of the padding is cut off again."""
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), episode)
+
+
+def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], chunk: int) -> PolicyBatch:
+    """Every latent of the demonstrations with the `chunk` actions taken from there on, windows wholly inside.
+
+    Args:
+      latents: [T, ...] of each episode.
+      episodes: the same episodes' steps.
+      chunk: C.
+
+    Returns:
+      M rows: latent [M, ...], action float32 [M, C, 7].
+
+    Raises:
+      ValueError: no episode is as long as a chunk.
+    """
+    rows = [
+        (latent_at(latent, slice(0, len(episode.action) - chunk + 1)), _windows(episode.action, chunk))
+        for latent, episode in zip(latents, episodes, strict=True)
+        if len(episode.action) >= chunk
+    ]
+    if not rows:
+        raise ValueError(f"no demonstration is as long as policy.chunk={chunk}; collect demonstrations first")
+    return PolicyBatch(*(jax.tree.map(lambda *x: np.concatenate(x), *part) for part in zip(*rows, strict=True)))
+
+
+def _windows(action: Array, chunk: int) -> np.ndarray:
+    windows = np.lib.stride_tricks.sliding_window_view(action, chunk, axis=0)  # [T - C + 1, 7, C]
+    return np.ascontiguousarray(windows.swapaxes(1, 2), np.float32)
+
+
+def classifier_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch]) -> ClassifierBatch:
+    """Every latent of the episodes, labelled by the oracle's reward."""
+    labels = [np.asarray(episode.reward > 0.5, np.int32) for episode in episodes]
+    return ClassifierBatch(jax.tree.map(lambda *x: np.concatenate(x), *latents), np.concatenate(labels))
+
+
+def start_bank(latents: Sequence[LatentState], max_start_step: int) -> LatentState:
+    """The latents of the episodes' first frames, steps 0 to `max_start_step`: where imagination begins."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *[latent_at(x, slice(0, max_start_step + 1)) for x in latents])
+
+
+def latent_at(latent: LatentState, index: slice | int) -> LatentState:
+    """Indexes the leading axis."""
+    return jax.tree.map(lambda x: x[index], latent)
+
+
+def attempts(episodes: Sequence[StepBatch], task: int, *, min_steps: int = 8) -> list[StepBatch]:
+    """Cuts the annotated attempts at one task, successes and failures, out of play.
+
+    Each attempt is an episode of its own, so that its first frame meets the filter as an evaluation's does.
+    """
+    found = []
+    for episode in episodes:
+        change = np.flatnonzero(np.diff(episode.task, prepend=-2, append=-2))
+        for start, end in zip(change[:-1], change[1:], strict=True):
+            if episode.task[start] == task and end - start >= min_steps:
+                found.append(jax.tree.map(lambda x, start=start, end=end: x[start:end], episode))
+    return found

@@ -1,0 +1,80 @@
+"""Metrics of every stage: one metrics.jsonl a workdir, TensorBoard files, and the stop at the first non-finite loss."""
+
+import json
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
+    """Raises FloatingPointError naming the first non-finite metric and its step; metrics are [N], one per update."""
+    for index in range(len(next(iter(metrics.values())))):
+        for name, values in metrics.items():
+            if not np.isfinite(values[index]):
+                raise FloatingPointError(
+                    f"{name} is {values[index]} at step {first_step + index}; the last checkpoint is kept. Lower the "
+                    "learning rate, or look at the data of that step"
+                )
+
+
+def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Copies the first device's metrics [D, N] to the host: {name: [N]}."""
+    return {name: np.asarray(value.addressable_shards[0].data)[0] for name, value in metrics.items()}
+
+
+class MetricsWriter:
+    """Appends one stage's scalars to `workdir/metrics.jsonl` and to TensorBoard."""
+
+    def __init__(self, workdir: str, stage: str, *, first_step: int = 0):
+        """Opens the files; rows of this stage from `first_step` on (of a run that was cut off) are dropped."""
+        self._stage = stage
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        os.makedirs(workdir, exist_ok=True)
+        _drop_rows(self._path, stage, first_step)
+        self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard", stage), purge_step=first_step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one row: after `step` updates, the scalars had these values."""
+        row = {"stage": self._stage, "step": step} | {name: float(value) for name, value in scalars.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._board.close()
+
+
+def read(workdir: str, stage: str) -> list[dict]:
+    """Returns the rows of one stage, oldest first; half-written rows of a killed run are left out."""
+    path = os.path.join(workdir, "metrics.jsonl")
+    return [row for row in _rows(path) if row["stage"] == stage]
+
+
+def _rows(path: str) -> list[dict]:
+    if not os.path.exists(path):
+        return []
+    rows = []
+    with open(path) as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a killed run
+                continue
+    return rows
+
+
+def _drop_rows(path: str, stage: str, first_step: int) -> None:
+    rows = _rows(path)
+    kept = [row for row in rows if row["stage"] != stage or row["step"] <= first_step]
+    if len(kept) == len(rows):
+        return
+    with open(path + ".tmp", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,62 @@
+"""Image decoders: a feature of the RSSM -> both cameras' images, means of unit-variance Gaussians in [-1, 1].
+
+Both camera heads read one shared linear layer, as LUMOS' do by sharing the module object; it is computed once here
+where LUMOS computes it twice.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from wam_jax.networks.encoder import GRID, PATCH_PIXELS, from_patches
+from wam_jax.networks.layers import dense, xavier
+from wam_jax.types import Array
+
+
+class ConvHead(nn.Module):
+    """Four transposed convolutions, 1 -> 5 -> 13 -> 30 -> 64 pixels: [B, X] -> [B, 64, 64, 3]."""
+
+    depth: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x[:, None, None, :]
+        layers = ((4 * self.depth, 5), (2 * self.depth, 5), (self.depth, 6), (3, 6))
+        for i, (channels, kernel) in enumerate(layers):
+            x = nn.ConvTranspose(
+                channels, (kernel, kernel), (2, 2), padding="VALID", dtype=self.dtype, kernel_init=xavier
+            )(x)
+            x = nn.elu(x) if i < len(layers) - 1 else x
+        return x.astype(jnp.float32)
+
+
+class PatchHead(nn.Module):
+    """A hidden vector for each patch, then one linear layer shared by all patches: [B, X] -> [B, 64, 64, 3]."""
+
+    patch_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.elu(dense(GRID * GRID * self.patch_dim, self.dtype)(nn.elu(x)))
+        x = x.reshape(-1, GRID * GRID, self.patch_dim)
+        return from_patches(dense(PATCH_PIXELS, self.dtype)(x).astype(jnp.float32))
+
+
+class Decoder(nn.Module):
+    """One shared linear layer and a head for each camera."""
+
+    kind: str  # "conv" or "patch"
+    width: int  # channels before the last transposed convolution, or features of a patch
+    shared_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, feature: Array) -> tuple[Array, Array]:
+        """Maps features [B, D + S*V] to float32 images (static, gripper), each [B, 64, 64, 3] in about [-1, 1]."""
+        head = {"conv": ConvHead, "patch": PatchHead}[self.kind]
+        shared = dense(self.shared_dim, self.dtype, name="shared")(feature.astype(self.dtype))
+        static = head(self.width, self.dtype, name="static")(shared)
+        return static, head(self.width, self.dtype, name="gripper")(shared)

@@ -1,0 +1,122 @@
+"""Noise predictor of the diffusion policy, and the critic: residual MLPs of DPPO (Ren et al. 2024).
+
+DPPO feeds the predictor concat[chunk, time embedding, state]. The state rows hold two thirds of its multiplications and
+depend on neither the chunk nor the step, so here they are a layer of their own: `condition` is computed once a decision
+and every denoising step adds it. The function, the parameter count and the initial scale are those of the concatenation.
+
+Kernels start as PyTorch's linear layers do, uniform in +-1/sqrt(inputs); biases start at zero (PyTorch: the same
+uniform).
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from wam_jax import specs
+from wam_jax.types import Array
+
+MAX_PERIOD = 10_000.0  # of the time embedding, in denoising steps
+
+
+def _uniform(inputs: int | None = None) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(inputs); None takes the kernel's own number of inputs."""
+
+    def init(rng, shape, dtype=jnp.float32):
+        bound = 1 / math.sqrt(inputs or shape[0])
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return init
+
+
+def time_embedding(step: Array, dim: int) -> Array:
+    """Sines, then cosines of a denoising step at geometric frequencies (Vaswani et al. 2017).
+
+    Args:
+      step: int [...], denoising step.
+      dim: entries of the embedding, even.
+
+    Returns:
+      float32 [..., dim].
+    """
+    half = dim // 2
+    frequency = jnp.exp(-math.log(MAX_PERIOD) / (half - 1) * jnp.arange(half))
+    angle = step[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class ResidualBlock(nn.Module):
+    """y = x + W2 mish(W1 mish(x)), without normalisation."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        hidden = nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(jax.nn.mish(x))
+        return x + nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(jax.nn.mish(hidden))
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in a chunk of actions from the chunk, the denoising step and the state."""
+
+    hidden_dim: int = 512
+    num_blocks: int = 1
+    time_dim: int = 16
+    chunk: int = 4
+    state_dim: int = 2048  # only the initialisation reads it
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        inputs = self.chunk * specs.ACTION_DIM + self.time_dim + self.state_dim
+        self.state_in = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=_uniform(inputs))
+        self.chunk_in = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, kernel_init=_uniform(inputs))
+        self.time_hidden = nn.Dense(2 * self.time_dim, kernel_init=_uniform())
+        self.time_out = nn.Dense(self.time_dim, kernel_init=_uniform())
+        self.blocks = [ResidualBlock(self.dtype) for _ in range(self.num_blocks)]
+        self.output = nn.Dense(self.chunk * specs.ACTION_DIM, dtype=self.dtype, kernel_init=_uniform())
+
+    def condition(self, state: Array) -> Array:
+        """The state's share of the first layer: [..., state] -> [..., hidden]."""
+        return self.state_in(state)
+
+    def __call__(self, noisy_chunk: Array, step: Array, condition: Array) -> Array:
+        """Predicts the noise; leading axes broadcast against each other.
+
+        Args:
+          noisy_chunk: [..., C, A], chunk at noise level `step`.
+          step: int [...], denoising step in [0, K).
+          condition: [..., hidden], from `condition`.
+
+        Returns:
+          float32 [..., C, A].
+        """
+        leading = noisy_chunk.shape[:-2]
+        time = self.time_out(jax.nn.mish(self.time_hidden(time_embedding(step, self.time_dim))))
+        time = jnp.broadcast_to(time, (*leading, self.time_dim))
+        chunk_and_time = jnp.concatenate([noisy_chunk.reshape(*leading, -1), time], axis=-1)
+        hidden = self.chunk_in(chunk_and_time) + condition
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)
+
+    def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
+        """Both parts at once, where a state is used for one step only; shapes as above, state [..., state]."""
+        return self(noisy_chunk, step, self.condition(state))
+
+
+class Critic(nn.Module):
+    """Value of a state, before any denoising."""
+
+    hidden_dim: int = 256
+    num_blocks: int = 1
+
+    @nn.compact
+    def __call__(self, state: Array) -> Array:
+        """Maps [..., state] to float32 [...]; computed in float32, since it is small and its errors compound in GAE."""
+        hidden = nn.Dense(self.hidden_dim, kernel_init=_uniform())(state.astype(jnp.float32))
+        for _ in range(self.num_blocks):
+            hidden = ResidualBlock(jnp.float32)(hidden)
+        return nn.Dense(1, kernel_init=_uniform())(hidden)[..., 0]

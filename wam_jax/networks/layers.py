@@ -1,0 +1,42 @@
+"""Layers shared by all networks of the world model, with its initialisation: Xavier uniform, zero bias."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from wam_jax.types import Array
+
+LAYER_NORM_EPSILON = 1e-3
+xavier = nn.initializers.xavier_uniform()
+
+
+def dense(features: int, dtype: Any, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:
+    """A linear layer computed in `dtype`, parameters float32."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=xavier, name=name)
+
+
+class NormElu(nn.Module):
+    """LayerNorm in float32, then ELU in the compute dtype."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)(x)
+        return nn.elu(x.astype(self.dtype))
+
+
+class MLP(nn.Module):
+    """Hidden layers with ELU, then a linear output in float32."""
+
+    hidden_dims: tuple[int, ...]
+    output_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., input] to float32 [..., output_dim]."""
+        for width in self.hidden_dims:
+            x = nn.elu(dense(width, self.dtype)(x))
+        return dense(self.output_dim, self.dtype)(x).astype(jnp.float32)

@@ -1,0 +1,133 @@
+"""Recurrent state-space model with categorical latents (DreamerV2, Hafner et al. 2021; sizes and form of LUMOS).
+
+    h_t = GRU(h_{t-1}, ELU(LN(W_z z_{t-1} + W_a a_{t-1})))
+    z_t ~ q(. | h_t, e_t)   posterior, where the embedding e_t of the observation is known
+    z_t ~ p(. | h_t)        prior, in imagination
+
+The products that do not depend on the recurrence (W_a a and W_e e) are methods of their own, so that callers compute
+them for all time steps in one matrix product outside the scan.
+"""
+
+from typing import Any
+
+import distrax
+import flax.linen as nn
+import jax.numpy as jnp
+
+from wam_jax.networks.layers import NormElu, dense
+from wam_jax.types import Array, LatentState
+
+_StraightThroughOneHot = distrax.straight_through_wrapper(distrax.OneHotCategorical)
+
+
+def feature(latent: LatentState) -> Array:
+    """The model's state as policy, critic, classifier and decoder see it: [h; z], [..., D + S*V], h first."""
+    stochastic = latent.stochastic
+    flat = stochastic.reshape(*stochastic.shape[:-2], -1)
+    return jnp.concatenate([latent.deterministic, flat.astype(latent.deterministic.dtype)], axis=-1)
+
+
+def sample_stochastic(logits: Array, rng: Array) -> Array:
+    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V]."""
+    return _StraightThroughOneHot(logits=logits, dtype=jnp.float32).sample(seed=rng)
+
+
+def categorical_kl(logits_p: Array, logits_q: Array) -> Array:
+    """KL(p || q) in nats between two products of S categoricals: [..., S, V] twice -> [...]."""
+    p, q = (distrax.Independent(distrax.Categorical(logits=x), 1) for x in (logits_p, logits_q))
+    return p.kl_divergence(q)
+
+
+class GRUCell(nn.Module):
+    """The GRU of cuDNN and PyTorch: two biases, the reset gate applied after the hidden product.
+
+    Flax's own cell has one bias for the update and reset gates; this one keeps LUMOS' parameter count.
+    """
+
+    hidden_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: Array, x: Array) -> Array:
+        """Maps hidden [B, D] and input [B, X] to the next hidden state [B, D]."""
+        from_input = dense(3 * self.hidden_dim, self.dtype, name="input")(x)
+        from_hidden = nn.Dense(
+            3 * self.hidden_dim, dtype=self.dtype, kernel_init=nn.initializers.orthogonal(), name="hidden"
+        )(hidden)
+        reset_x, update_x, new_x = jnp.split(from_input, 3, axis=-1)
+        reset_h, update_h, new_h = jnp.split(from_hidden, 3, axis=-1)
+        update = nn.sigmoid(update_x + update_h)
+        candidate = nn.tanh(new_x + nn.sigmoid(reset_x + reset_h) * new_h)
+        return (1 - update) * candidate + update * hidden
+
+
+class RSSM(nn.Module):
+    """One step of the state-space model; time lives in world_model.py."""
+
+    deterministic_dim: int
+    num_latents: int
+    num_classes: int
+    hidden_dim: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.latent_in = dense(self.hidden_dim, self.dtype)
+        self.action_in = dense(self.hidden_dim, self.dtype, use_bias=False)
+        self.norm_in = NormElu(self.dtype)
+        self.gru = GRUCell(self.deterministic_dim, self.dtype)
+        self.prior_hidden = dense(self.hidden_dim, self.dtype)
+        self.prior_norm = NormElu(self.dtype)
+        self.prior_out = dense(self.num_latents * self.num_classes, self.dtype)
+        self.posterior_hidden = dense(self.hidden_dim, self.dtype)
+        self.posterior_embedding = dense(self.hidden_dim, self.dtype, use_bias=False)
+        self.posterior_norm = NormElu(self.dtype)
+        self.posterior_out = dense(self.num_latents * self.num_classes, self.dtype)
+        zeros = nn.initializers.zeros
+        self.initial_deterministic = self.param("initial_deterministic", zeros, (self.deterministic_dim,))
+        self.initial_stochastic = self.param("initial_stochastic", zeros, (self.num_latents, self.num_classes))
+
+    def initial(self, batch_size: int) -> LatentState:
+        """The learned state before an episode's first frame, [B, ...].
+
+        LUMOS resets to zeros and trains its learned vectors only at the first batch of an epoch; here every window
+        starts from them, so they are trained and used alike.
+        """
+        latent_shape = (batch_size, self.num_latents, self.num_classes)
+        return LatentState(
+            deterministic=jnp.broadcast_to(
+                self.initial_deterministic.astype(self.dtype), (batch_size, self.deterministic_dim)
+            ),
+            logits=jnp.zeros(latent_shape, jnp.float32),
+            stochastic=jnp.broadcast_to(self.initial_stochastic, latent_shape),
+        )
+
+    def project_action(self, action: Array) -> Array:
+        """W_a a: [..., A] -> [..., hidden]."""
+        return self.action_in(action)
+
+    def project_embedding(self, embedding: Array) -> Array:
+        """W_e e: [..., E] -> [..., hidden]."""
+        return self.posterior_embedding(embedding)
+
+    def recurrent(self, deterministic: Array, stochastic: Array, projected_action: Array) -> Array:
+        """h_{t-1} [B, D], z_{t-1} [B, S, V] and W_a a_{t-1} [B, hidden] -> h_t [B, D]."""
+        latent = self.latent_in(stochastic.reshape(*stochastic.shape[:-2], -1).astype(self.dtype))
+        return self.gru(deterministic, self.norm_in(latent + projected_action))
+
+    def prior_logits(self, deterministic: Array) -> Array:
+        """h_t [..., D] -> float32 logits of p(z_t | h_t), [..., S, V]."""
+        return self._logits(self.prior_out(self.prior_norm(self.prior_hidden(deterministic))))
+
+    def posterior_logits(self, deterministic: Array, projected_embedding: Array) -> Array:
+        """h_t [..., D] and W_e e_t [..., hidden] -> float32 logits of q(z_t | h_t, e_t), [..., S, V]."""
+        hidden = self.posterior_norm(self.posterior_hidden(deterministic) + projected_embedding)
+        return self._logits(self.posterior_out(hidden))
+
+    def _logits(self, flat: Array) -> Array:
+        return flat.astype(jnp.float32).reshape(*flat.shape[:-1], self.num_latents, self.num_classes)
+
+    def __call__(self, action: Array, embedding: Array) -> Array:
+        """Touches every parameter, for initialisation: [B, A] and [B, E] -> posterior logits."""
+        state = self.initial(action.shape[0])
+        hidden = self.recurrent(state.deterministic, state.stochastic, self.project_action(action))
+        return self.prior_logits(hidden) + self.posterior_logits(hidden, self.project_embedding(embedding))

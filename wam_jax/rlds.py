@@ -1,0 +1,391 @@
+"""The one writer of datasets: RLDS episodes in ArrayRecord shards that TFDS loads without any code of ours.
+
+    builder = tfds.builder_from_directory(directory)
+    for episode in builder.as_data_source("train"):
+        for step in episode["steps"]: ...
+
+One record is one episode. Every shard is written under a temporary name and renamed when complete, so a killed run
+leaves only whole shards; a rerun keeps those and writes the missing ones. The metadata comes last: a directory with
+`dataset_info.json` is a complete dataset.
+
+Nothing here needs TensorFlow: images go in as PNG bytes (given arrays, TFDS would encode them with TensorFlow).
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
+
+from wam_jax import specs
+from wam_jax.types import StepBatch
+
+PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
+EPISODE_LENGTHS = (
+    "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, read by the input pipeline
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """A stretch of an episode in which the robot carries out one instruction."""
+
+    start: int  # first step, counted from the episode's first
+    end: int  # one past the last step
+    task: str  # any name; those of specs.TASKS are the ones the models know
+    instruction: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One episode as it is written: T consecutive steps and what is known about them.
+
+    A step's task and sentence come from the last annotation that covers it; without one, from `steps.task` and
+    specs.INSTRUCTIONS; they are empty where `steps.task` is -1. So data whose tasks are all in specs.TASKS need no
+    annotations.
+    """
+
+    steps: StepBatch  # numpy, [T, ...] without a batch axis; images uint8 [T, h, w, 3] of any size
+    source: str  # the environment or dataset the steps come from
+    episode_id: str = ""
+    first_frame: int = 0  # number of the first step in its source
+    is_terminal: bool = False  # whether the last step ends the task for good (discount 0); else it was merely cut there
+    annotations: Sequence[Annotation] = ()
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # more step fields, float64 [T, n]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+    """What is fixed for a whole dataset: its name, its image sizes and its extra step fields."""
+
+    name: str
+    static_size: tuple[int, int]  # height and width of rgb_static, pixels
+    gripper_size: tuple[int, int]  # the same of rgb_gripper
+    extra: tuple[tuple[str, int], ...] = ()  # name and length of each extra step field
+
+    def __post_init__(self):
+        if not (self.name.isidentifier() and self.name == self.name.lower()):
+            raise ValueError(f"dataset name {self.name!r} is not usable in TFDS; use lower-case letters, digits and _")
+
+
+def spec_of(name: str, episode: Episode) -> DatasetSpec:
+    """Reads the specification of a dataset from one of its episodes."""
+    observation = episode.steps.observation
+    extra = tuple((key, int(value.shape[1])) for key, value in sorted(episode.extra.items()))
+    return DatasetSpec(name, observation.rgb_static.shape[1:3], observation.rgb_gripper.shape[1:3], extra)
+
+
+def features(spec: DatasetSpec) -> tfds.features.FeaturesDict:
+    """The TFDS features of one episode."""
+
+    def vector(size):
+        # As bytes: the float lists of a tf.Example hold float32 only, and would silently round CALVIN's float64.
+        return tfds.features.Tensor(shape=(size,), dtype=np.float64, encoding="bytes")
+
+    def image(size):
+        return tfds.features.Image(shape=(*size, 3), dtype=np.uint8, encoding_format="png")
+
+    text = tfds.features.Text
+    observation = {
+        "rgb_static": image(spec.static_size),
+        "rgb_gripper": image(spec.gripper_size),
+        "robot_obs": vector(specs.ROBOT_OBS_DIM),
+        "scene_obs": vector(specs.SCENE_OBS_DIM),
+    }
+    step = {
+        "observation": observation,
+        "action": vector(specs.ACTION_DIM),
+        **{key: vector(size) for key, size in spec.extra},
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+        "is_terminal": np.bool_,
+        "reward": np.float32,
+        "discount": np.float32,
+        "task": text(),
+        "language_instruction": text(),
+    }
+    annotation = {"start": np.int64, "end": np.int64, "task": text(), "instruction": text()}
+    episode_metadata = {
+        "source": text(),
+        "episode_id": text(),
+        "first_frame": np.int64,
+        "annotations": tfds.features.Sequence(annotation),
+    }
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": episode_metadata})
+
+
+def shard_path(directory: str | Path, name: str, split: str, index: int, num_shards: int) -> Path:
+    """Where TFDS looks for shard `index` of `num_shards`."""
+    return Path(directory) / f"{name}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
+
+
+def start_dataset(directory: str | Path, plan: Mapping) -> None:
+    """Creates the directory and notes what its shards will be made from.
+
+    Args:
+      directory: may exist already, with shards of an earlier run of the same plan.
+      plan: JSON values that decide the shards' contents (input, image size, number of shards, ...).
+
+    Raises:
+      ValueError: the directory holds shards of another plan.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / PLAN_FILE
+    text = json.dumps(plan, indent=1, sort_keys=True)
+    if path.exists() and path.read_text() != text:
+        old = json.loads(path.read_text())
+        changed = sorted(key for key in {*old, *plan} if old.get(key) != json.loads(text).get(key))
+        raise ValueError(
+            f"{directory} holds a dataset made with other settings ({', '.join(changed)} differ, see {path}); "
+            "use the same settings, choose another directory, or delete this one"
+        )
+    path.write_text(text)
+
+
+def write_shard(
+    directory: str | Path, spec: DatasetSpec, split: str, index: int, num_shards: int, episodes: Iterable[Episode]
+) -> list[int]:
+    """Writes one shard, unless it is already there; may run in a process of its own.
+
+    Args:
+      directory: made by `start_dataset`.
+      spec: the same for all shards.
+      split: "train" or "validation".
+      index: of this shard.
+      num_shards: of this split.
+      episodes: what goes into it; left untouched when the shard exists, so give a generator where reading is slow.
+
+    Returns:
+      the number of steps of each episode in the shard.
+
+    Raises:
+      ValueError: an episode does not fit the specification.
+    """
+    path = shard_path(directory, spec.name, split, index, num_shards)
+    if path.exists():
+        return _lengths_in_shard(path, spec)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        lengths = _write_records(temporary, spec, episodes)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return lengths
+
+
+def finish_dataset(
+    directory: str | Path,
+    spec: DatasetSpec,
+    lengths: Mapping[str, Sequence[Sequence[int]]],
+    description: str = "",
+) -> None:
+    """Writes the metadata that make the shards a dataset; the last step.
+
+    Args:
+      directory: holds all shards.
+      spec: as given to `write_shard`.
+      lengths: for each split and shard the steps of each episode, as returned by `write_shard`.
+      description: shown by TFDS.
+
+    Raises:
+      ValueError: a shard is missing.
+    """
+    directory = Path(directory)
+    shards = {
+        split: [shard_path(directory, spec.name, split, i, len(of_split)) for i in range(len(of_split))]
+        for split, of_split in lengths.items()
+    }
+    missing = [path.name for paths in shards.values() for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"{directory}: {len(missing)} shards are missing, the first is {missing[0]}; write them first")
+    for leftover in directory.glob(f"{spec.name}-*.tmp"):
+        leftover.unlink()
+    split_infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[len(of_shard) for of_shard in of_split],
+            num_bytes=sum(path.stat().st_size for path in shards[split]),
+        )
+        for split, of_split in lengths.items()
+    ]
+    flat_lengths = {split: [n for of_shard in of_split for n in of_shard] for split, of_split in lengths.items()}
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features(spec),
+        split_infos=split_infos,
+        version="1.0.0",
+        check_data=False,  # its check reads through TensorFlow
+        description=description,
+        metadata=tfds.core.MetadataDict({EPISODE_LENGTHS: flat_lengths}),
+    )
+
+
+def write_dataset(
+    directory: str | Path,
+    name: str,
+    splits: Mapping[str, Iterable[Episode]],
+    episodes_per_shard: int = 64,
+    description: str = "",
+) -> Path:
+    """Writes episodes that fit in memory; larger sets call `write_shard` from workers.
+
+    Args:
+      directory: where the dataset goes; the directory itself is what `tfds.builder_from_directory` opens.
+      name: of the dataset, lower case.
+      splits: episodes of "train" and, where there are any, "validation"; image sizes equal throughout.
+      episodes_per_shard: the last shard of a split may hold fewer.
+      description: shown by TFDS.
+
+    Returns:
+      the directory.
+
+    Raises:
+      ValueError: a split is empty, an episode is malformed, or the directory holds a different dataset.
+    """
+    splits = {split: list(episodes) for split, episodes in splits.items()}
+    if not splits or not all(splits.values()):
+        raise ValueError(
+            f"nothing to write: splits have { ({s: len(e) for s, e in splits.items()}) } episodes; give >= 1"
+        )
+    spec = spec_of(name, next(iter(splits.values()))[0])
+    fingerprints = {split: _fingerprint(episodes) for split, episodes in splits.items()}
+    plan = {"spec": dataclasses.asdict(spec), "episodes_per_shard": episodes_per_shard, "episodes": fingerprints}
+    start_dataset(directory, plan)
+    lengths = {}
+    for split, episodes in splits.items():
+        shards = [episodes[i : i + episodes_per_shard] for i in range(0, len(episodes), episodes_per_shard)]
+        lengths[split] = [
+            write_shard(directory, spec, split, i, len(shards), shard)
+            for i, shard in enumerate(tqdm(shards, desc=f"writing {split}", unit="shard", disable=None))
+        ]
+    finish_dataset(directory, spec, lengths, description)
+    return Path(directory)
+
+
+def step_texts(episode: Episode) -> tuple[list[str], list[str]]:
+    """The task name and the sentence of each step, by the rule that Episode states."""
+    indices = np.asarray(episode.steps.task)
+    tasks = [specs.TASKS[i] if i >= 0 else "" for i in indices]
+    sentences = [specs.INSTRUCTIONS[task] if task else "" for task in tasks]
+    for annotation in episode.annotations:
+        span = slice(annotation.start, annotation.end)
+        tasks[span] = [annotation.task] * (annotation.end - annotation.start)
+        sentences[span] = [annotation.instruction] * (annotation.end - annotation.start)
+    return tasks, sentences
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes an RGB image, uint8 [h, w, 3], without loss."""
+    # OpenCV works in BGR. Its default compression is the fastest here: half the time of level 1, 10 % larger.
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+
+
+def _write_records(path: Path, spec: DatasetSpec, episodes: Iterable[Episode]) -> list[int]:
+    lengths = []
+    shard_features = features(spec)
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
+    try:
+        for episode in episodes:
+            check_episode(episode, spec)
+            writer.write(shard_features.serialize_example(_to_example(episode)))
+            lengths.append(len(episode.steps.is_first))
+    finally:
+        writer.close()
+    return lengths
+
+
+def _to_example(episode: Episode) -> dict:
+    metadata = {
+        "source": episode.source,
+        "episode_id": episode.episode_id,
+        "first_frame": episode.first_frame,
+        "annotations": [dataclasses.asdict(annotation) for annotation in episode.annotations],
+    }
+    return {"steps": list(_to_steps(episode)), "episode_metadata": metadata}
+
+
+def _to_steps(episode: Episode) -> Iterator[dict]:
+    steps, observation = episode.steps, episode.steps.observation
+    tasks, sentences = step_texts(episode)
+    for t, (task, sentence) in enumerate(zip(tasks, sentences, strict=True)):
+        is_terminal = episode.is_terminal and bool(steps.is_last[t])
+        yield {
+            "observation": {
+                "rgb_static": io.BytesIO(encode_png(observation.rgb_static[t])),
+                "rgb_gripper": io.BytesIO(encode_png(observation.rgb_gripper[t])),
+                "robot_obs": np.asarray(observation.robot_obs[t], np.float64),
+                "scene_obs": np.asarray(observation.scene_obs[t], np.float64),
+            },
+            "action": np.asarray(steps.action[t], np.float64),
+            **{key: np.asarray(value[t], np.float64) for key, value in episode.extra.items()},
+            "is_first": bool(steps.is_first[t]),
+            "is_last": bool(steps.is_last[t]),
+            "is_terminal": is_terminal,
+            "reward": np.float32(steps.reward[t]),
+            "discount": np.float32(not is_terminal),
+            "task": task,
+            "language_instruction": sentence,
+        }
+
+
+def check_episode(episode: Episode, spec: DatasetSpec) -> None:
+    """Raises a ValueError where an episode's arrays do not fit the dataset or each other."""
+    steps, observation = episode.steps, episode.steps.observation
+    where = f"episode {episode.episode_id or episode.first_frame} of {episode.source}"
+    length = len(steps.is_first)
+    expected = {
+        "rgb_static": (observation.rgb_static, (*spec.static_size, 3)),
+        "rgb_gripper": (observation.rgb_gripper, (*spec.gripper_size, 3)),
+        "robot_obs": (observation.robot_obs, (specs.ROBOT_OBS_DIM,)),
+        "scene_obs": (observation.scene_obs, (specs.SCENE_OBS_DIM,)),
+        "action": (steps.action, (specs.ACTION_DIM,)),
+        **{key: (getattr(steps, key), ()) for key in ("is_last", "task", "reward")},
+        **{key: (episode.extra.get(key, np.empty(0)), (size,)) for key, size in spec.extra},
+    }
+    for key, (array, shape) in expected.items():
+        if np.shape(array) != (length, *shape):
+            raise ValueError(f"{where}: {key} has shape {np.shape(array)}, expected {(length, *shape)}")
+    if {key for key, _ in spec.extra} != set(episode.extra):
+        raise ValueError(f"{where}: extra fields {sorted(episode.extra)}, the dataset has {[k for k, _ in spec.extra]}")
+    ends = np.flatnonzero(steps.is_first).tolist(), np.flatnonzero(steps.is_last).tolist()
+    if length == 0 or ends != ([0], [length - 1]):
+        raise ValueError(f"{where}: is_first at {ends[0]} and is_last at {ends[1]}, expected [0] and [{length - 1}]")
+    for annotation in episode.annotations:
+        if not 0 <= annotation.start < annotation.end <= length:
+            raise ValueError(f"{where}: annotation {annotation.start}:{annotation.end} is not within 0:{length}")
+    for key in ("rgb_static", "rgb_gripper"):
+        if expected[key][0].dtype != np.uint8:
+            raise ValueError(f"{where}: {key} is {expected[key][0].dtype}, expected uint8 in 0..255")
+    for key in ("action", "robot_obs", "scene_obs"):
+        if not np.isfinite(expected[key][0]).all():
+            raise ValueError(f"{where}: {key} has non-finite values")
+
+
+def _lengths_in_shard(path: Path, spec: DatasetSpec) -> list[int]:
+    """Counts the steps of a kept shard's episodes, which also proves that it can be read."""
+    shard_features = features(spec)
+    skip = {"steps": tfds.decode.SkipDecoding()}
+    try:
+        reader = ArrayRecordReader(str(path))
+        records = (reader.read([i])[0] for i in range(reader.num_records()))
+        return [len(shard_features.deserialize_example_np(r, decoders=skip)["steps"]["is_first"]) for r in records]
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it and run again, it is then rewritten") from error
+
+
+def _fingerprint(episodes: Sequence[Episode]) -> str:
+    """A digest of the states and actions, which tells two datasets apart; images follow from them."""
+    digest = hashlib.sha256()
+    for episode in episodes:
+        for array in (episode.steps.action, episode.steps.observation.robot_obs, episode.steps.observation.scene_obs):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

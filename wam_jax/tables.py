@@ -1,0 +1,137 @@
+"""Rows of results and their tables: one format for every evaluation of the project."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+from scipy.stats import binomtest
+
+from wam_jax.specs import TASKS
+
+STAGES = ("expert", "random", "bc", "ppo")  # in the order of the printed columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One evaluation: a method's policy at one stage on one task."""
+
+    environment: str
+    method: str  # wam, dreamer_v2, ...; "-" where no world model takes part
+    task: str
+    stage: str
+    successes: int
+    episodes: int
+    success: float  # successes / episodes
+    low: float  # 95 % Wilson interval
+    high: float
+    imagined_success: float | None  # of the same policy from the same starts inside the world model
+    seed: int
+
+
+def make_row(
+    *,
+    environment: str,
+    method: str,
+    task: str,
+    stage: str,
+    successes: int,
+    episodes: int,
+    imagined_success: float | None,
+    seed: int,
+) -> Row:
+    """A row with its success rate and 95 % Wilson interval."""
+    low, high = wilson(successes, episodes)
+    return Row(
+        environment, method, task, stage, successes, episodes, successes / episodes, low, high, imagined_success, seed
+    )
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate."""
+    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def save(path: str, rows: Sequence[Row]) -> None:
+    """Writes rows as a JSON list, to a temporary name first."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w") as file:
+        json.dump([dataclasses.asdict(row) for row in rows], file, indent=1)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def load(path: str) -> list[Row]:
+    """Reads rows.
+
+    Raises:
+      ValueError: there is no such table, or it is not one.
+    """
+    if not os.path.exists(path):
+        raise ValueError(
+            f"no table {path}; run experiments.evaluate (or experiments.reproduce) with its --workdir first"
+        )
+    try:
+        with open(path) as file:
+            return [Row(**row) for row in json.load(file)]
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of results ({error}); remove it and evaluate again") from error
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table: a line per task, a column per (environment, method, stage), and the mean of the tasks.
+
+    Several seeds of one cell are pooled: their successes and episodes are added up.
+    """
+    columns = sorted({_column(row) for row in rows}, key=lambda c: (c[0], STAGES.index(c[2]), c[1]))
+    tasks = [task for task in TASKS if any(row.task == task for row in rows)]
+    cells = {(task, column): _pool(rows, task, column) for task in tasks for column in columns}
+    lines = [_line("task", [_title(c) for c in columns]), _line("---", ["---"] * len(columns))]
+    lines += [_line(task.replace("_", " "), [_cell(cells[task, c]) for c in columns]) for task in tasks]
+    lines.append(_line("**mean**", [_mean([cells[task, c] for task in tasks]) for c in columns]))
+    episodes = sorted({pool[1] for pool in cells.values() if pool})
+    lines += [
+        "",
+        f"Success in the environment, % [95 % Wilson interval], {' or '.join(map(str, episodes))} episodes a task; "
+        "in brackets behind it: success of the same policy from the same starts imagined by the world model.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _column(row: Row) -> tuple[str, str, str]:
+    return row.environment, row.method, row.stage
+
+
+def _title(column: tuple[str, str, str]) -> str:
+    environment, method, stage = column
+    return f"{environment}: {stage if method == '-' else f'{method} {stage}'}"
+
+
+def _pool(rows, task, column) -> tuple[int, int, float | None] | None:
+    chosen = [row for row in rows if row.task == task and _column(row) == column]
+    if not chosen:
+        return None
+    imagined = [row.imagined_success for row in chosen if row.imagined_success is not None]
+    mean_imagined = sum(imagined) / len(imagined) if imagined else None
+    return sum(row.successes for row in chosen), sum(row.episodes for row in chosen), mean_imagined
+
+
+def _cell(pool) -> str:
+    if pool is None:
+        return ""
+    successes, episodes, imagined = pool
+    low, high = wilson(successes, episodes)
+    text = f"{100 * successes / episodes:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return text if imagined is None else f"{text} ({100 * imagined:.0f})"
+
+
+def _mean(pools) -> str:
+    pools = [pool for pool in pools if pool]
+    imagined = [pool[2] for pool in pools if pool[2] is not None]
+    text = f"**{100 * sum(pool[0] / pool[1] for pool in pools) / len(pools):.1f}**"
+    return f"{text} ({100 * sum(imagined) / len(imagined):.0f})" if imagined else text
+
+
+def _line(first: str, cells: Sequence[str]) -> str:
+    return f"| {first} | {' | '.join(cells)} |"

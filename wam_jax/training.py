@@ -1,0 +1,126 @@
+"""The one training loop: resume, N updates a dispatch, metrics one dispatch behind, checkpoints, clean interruption."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from wam_jax import metrics as metrics_lib
+from wam_jax import parallel
+from wam_jax.checkpoints import Checkpointer
+
+
+class Interruption:
+    """Context in which Ctrl-C or SIGTERM only sets `requested`, so that a loop can finish its step and save."""
+
+    requested = False
+
+    def __enter__(self) -> "Interruption":
+        self._previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._request)
+            except ValueError:  # not the main thread: whoever runs the loop there handles signals
+                break
+        return self
+
+    def _request(self, number, frame):
+        del frame
+        if self.requested:  # the second time means now
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write(f"signal {number}: saving after this step")
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    run: Callable,
+    state: Any,
+    make_batches: Callable[[int], Iterator[Any]],
+    *,
+    stage: str,
+    workdir: str,
+    settings: dict,
+    seed: int,
+    num_steps: int,
+    updates_per_call: int,
+    save_every: int,
+    devices: list[jax.Device],
+) -> Any:
+    """Trains one stage to `num_steps` updates, from its newest checkpoint where there is one.
+
+    Args:
+      run: N updates a call, from parallel.compile_updates; one program serves all tasks of a stage.
+      state: the state before the first update, on the host.
+      make_batches: `make_batches(first_step)` -> iterator of device-ready batches for `run`.
+      stage: name of the stage, e.g. "policy/open_drawer"; checkpoints lie in `workdir/stage`.
+      workdir: folder of the run.
+      settings: the stage's settings, saved beside the state.
+      seed: seed of the updates' randomness.
+      num_steps: updates in total.
+      updates_per_call: updates a dispatch, N; a last shorter call is not made, so num_steps must be divisible by it.
+      save_every: updates between checkpoints.
+      devices: from parallel.local_devices.
+
+    Returns:
+      the final state, on the host.
+
+    Raises:
+      ValueError: num_steps is not divisible by updates_per_call.
+      FloatingPointError: a metric is not finite; names it and the step.
+      KeyboardInterrupt: interrupted, after saving.
+    """
+    if num_steps % updates_per_call:
+        raise ValueError(f"{stage}: {num_steps} steps are not divisible by updates_per_call={updates_per_call}")
+    checkpointer = Checkpointer(f"{workdir}/{stage}")
+    step = checkpointer.latest_step() or 0
+    if step:
+        state = checkpointer.restore(state, settings)
+    if step >= num_steps:
+        checkpointer.close()
+        return state
+    state = parallel.replicate(state, devices)
+    writer = metrics_lib.MetricsWriter(workdir, stage, first_step=step)
+    batches = make_batches(step)
+    progress = tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05)
+    pending, last_saved, started = None, step, time.monotonic()
+    with Interruption() as interruption:
+        while step < num_steps and not interruption.requested:
+            state, metrics = run(state, next(batches), seed, step)
+            if pending is not None:  # read one dispatch behind, so that the device never waits for the host
+                _report(writer, progress, *pending, batches, started)
+            pending, step = (metrics, step), step + updates_per_call
+            if step - last_saved >= save_every and step < num_steps:
+                metrics_lib.check_finite(metrics_lib.fetch(metrics), pending[1])
+                checkpointer.save(step, parallel.unreplicate(state), settings)
+                last_saved = step
+        if pending is not None:
+            _report(writer, progress, *pending, batches, started)
+        state = jax.device_get(parallel.unreplicate(state))
+        checkpointer.save(step, state, settings)
+        checkpointer.close()
+    writer.close()
+    progress.close()
+    if interruption.requested:
+        raise KeyboardInterrupt(f"{stage} saved at step {step}; the same command goes on from there")
+    return state
+
+
+def _report(writer, progress, metrics, first_step, batches, started):
+    values = metrics_lib.fetch(metrics)
+    metrics_lib.check_finite(values, first_step)
+    num_updates = len(next(iter(values.values())))
+    seconds = {
+        "seconds": time.monotonic() - started,
+        "seconds_waiting_for_data": getattr(batches, "seconds_waiting", 0),
+    }
+    means = {name: value.mean() for name, value in values.items()}
+    writer.write(first_step + num_updates, means | seconds)
+    progress.update(num_updates)
+    progress.set_postfix({name: f"{value:.4g}" for name, value in list(means.items())[:3]}, refresh=False)

@@ -71,11 +71,16 @@ def _demonstrations(seed: int, task: str, count: int) -> Iterator[rlds.Episode]:
         batch = playtable.collect_demonstrations(rng, specs.task_index(task), 4 * EPISODES_PER_SHARD)
         attempt += 1
         for row in range(4 * EPISODES_PER_SHARD):
-            steps = _row(batch, row)
-            steps = jax.tree.map(lambda x, end=int(np.argmax(steps.is_last)) + 1: x[:end], steps)
+            steps = _until_last(_row(batch, row))
             if found < count and steps.reward.max() > 0:
                 yield rlds.Episode(steps, source="playtable", episode_id=f"{task}-{found}")
                 found += 1
+
+
+def _until_last(steps: StepBatch) -> StepBatch:
+    """Cuts the padding behind the step that is marked last."""
+    end = int(np.argmax(steps.is_last)) + 1
+    return jax.tree.map(lambda x: x[:end], steps)
 
 
 def _row(batch: StepBatch, row: int) -> StepBatch:

@@ -4,7 +4,6 @@ python -m experiments.finetune_policy --config=experiments/configs/quickstart.py
 """
 
 import functools
-import itertools
 
 import jax
 
@@ -36,11 +35,10 @@ def run(config, workdir: str) -> None:
             reward_params=train_reward.load(config, workdir, task),
             base_policy_params=train_policy.load(config, workdir, task),
         )
-        replicated = parallel.replicate(inputs, devices)
         training.fit(
             compiled,
             initial_state(config, task, inputs.base_policy_params),
-            lambda _, inputs=replicated: itertools.repeat(inputs),
+            training.repeat(parallel.replicate(inputs, devices)),
             stage=stage(task),
             workdir=workdir,
             settings=settings.to_dict(),

@@ -20,14 +20,14 @@ _FREE = ("num_devices", "evaluation.", ".updates_per_call", ".save_every", ".num
 
 
 def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
-    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line and exit status 2."""
+    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error."""
     flags.mark_flags_as_required(["config", "workdir"])
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-            run(prepare(CONFIG.value, WORKDIR.value), WORKDIR.value)
+            run(prepare(CONFIG.value, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")
@@ -51,8 +51,8 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     Raises:
       ValueError: a value that cannot work, named, with the mend.
     """
-    check(config)
     logging.set_verbosity(logging.WARNING)
+    check(config)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -56,7 +56,7 @@ def film(config, workdir: str) -> None:
     rng = jax.random.key(config.evaluation.seed)
     max_steps = config.evaluation.max_steps
     result = evaluation.rollout(
-        environments.make(config.environment), policy, task, rng, num_episodes=1, max_steps=max_steps, video=True
+        environments.make(config.environment), policy, task, rng, num_episodes=1, max_steps=max_steps
     )
     model, params = train_world_model.load(config, workdir)
     predicted = videos.open_loop(model, params, result.video, result.actions, rng, context=VIDEO_CONTEXT)

@@ -4,7 +4,6 @@ python -m experiments.train_policy --config=experiments/configs/quickstart.py --
 """
 
 import functools
-import itertools
 
 import jax
 
@@ -23,11 +22,10 @@ def run(config, workdir: str) -> None:
     encoded = encode_demonstrations(config, workdir)
     for task in config.tasks:
         bank = latents.policy_bank(*encoded[task], settings.chunk)
-        replicated = parallel.replicate(bank, devices)
         training.fit(
             compiled,
             initial_state(config, task),
-            lambda _, bank=replicated: itertools.repeat(bank),
+            training.repeat(parallel.replicate(bank, devices)),
             stage=stage(task),
             workdir=workdir,
             settings=settings.to_dict(),

@@ -4,7 +4,6 @@ python -m experiments.train_reward --config=experiments/configs/quickstart.py --
 """
 
 import functools
-import itertools
 import json
 import os
 
@@ -25,17 +24,17 @@ def run(config, workdir: str) -> None:
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     demonstrations = train_policy.encode_demonstrations(config, workdir)
     held_out = encode_attempts(config, workdir, "validation")
-    play = encode_attempts(config, workdir, "train") if settings.use_play else {task: ([], []) for task in config.tasks}
+    play = encode_attempts(config, workdir, "train") if settings.use_play else {}
     quality = {}
     for task in config.tasks:
-        labelled = [x + y for x, y in zip(demonstrations[task], play[task], strict=True)]
-        bank = latents.classifier_bank(*labelled)
+        more_latents, more_episodes = play.get(task, ([], []))
+        demonstrated, episodes = demonstrations[task]
+        bank = latents.classifier_bank(demonstrated + more_latents, episodes + more_episodes)
         success_classifier.check_labels(bank.label)
-        replicated = parallel.replicate(bank, devices)
         state = training.fit(
             compiled,
             initial_state(config, task),
-            lambda _, bank=replicated: itertools.repeat(bank),
+            training.repeat(parallel.replicate(bank, devices)),
             stage=stage(task),
             workdir=workdir,
             settings=settings.to_dict(),

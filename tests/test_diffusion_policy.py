@@ -17,6 +17,7 @@ from wam_jax.networks.denoiser import Critic, Denoiser
 from wam_jax.types import LatentState
 
 STATE_DIM = 8 + 2 * 4
+ROWS = 4000
 
 
 def make_settings(**changes):
@@ -54,6 +55,15 @@ def make_batch(batch_size=4):
     return PolicyBatch(latent, jax.random.uniform(rng[2], (batch_size, 4, 7), minval=-0.9, maxval=0.9))
 
 
+draw = jax.jit(functools.partial(diffusion_policy.sample, explore=True, settings=make_settings()))
+
+
+@functools.cache
+def make_params(seed=0):
+    init = functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=make_settings())
+    return jax.jit(init)(jax.random.key(seed)).params
+
+
 def num_parameters(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
@@ -85,12 +95,11 @@ def test_schedule_is_the_closed_form():
 
 def test_condition_equals_concatenation():
     settings = make_settings()
-    rng = jax.random.split(jax.random.key(1), 3)
-    params = diffusion_policy.init(rng[0], STATE_DIM, settings).params
-    chunk, state = jax.random.normal(rng[1], (5, 4, 7)), jax.random.normal(rng[2], (5, STATE_DIM))
+    params, rng = make_params(), np.random.default_rng(0)
+    chunk, state = rng.normal(size=(5, 4, 7)), rng.normal(size=(5, STATE_DIM))
     step = jnp.arange(5)
-    network = diffusion_policy.denoiser(settings)
-    predicted = network.apply(params, chunk, step, state, method="denoise")
+    network = jax.jit(functools.partial(diffusion_policy.denoiser(settings).apply, method="denoise"))
+    predicted = network(params, chunk, step, state)
 
     p = params["params"]
     mish = jax.nn.mish
@@ -110,43 +119,36 @@ def test_condition_equals_concatenation():
 
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
     settings, batch = make_settings(hidden_dim=128), make_batch()
-    state = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
-    step = functools.partial(diffusion_policy.update_from_bank, settings=settings)
-
-    @jax.jit
-    def train(state, rng):
-        return jax.lax.scan(lambda state, rng: step(state, batch, rng), state, jax.random.split(rng, 800))
-
-    state, metrics = train(state, jax.random.key(1))
-    assert metrics["bc_loss"][-50:].mean() < 0.1 * metrics["bc_loss"][:10].mean()
+    state = jax.jit(lambda rng: diffusion_policy.init(rng, STATE_DIM, settings))(jax.random.key(0))
+    update = jax.jit(functools.partial(diffusion_policy.update_from_bank, settings=settings))
+    losses = []
+    for i in range(700):
+        previous = state
+        state, metrics = update(state, batch, jax.random.key(i))
+        losses.append(metrics["bc_loss"])
+    assert np.mean(losses[-50:]) < 0.1 * np.mean(losses[:10])
     policy = PolicyParams(base=state.ema_params, finetuned=state.ema_params)
     act = jax.jit(functools.partial(diffusion_policy.act, settings=settings))
     chunk = act(policy, rssm.feature(batch.latent), jax.random.key(2))
     assert chunk.shape == (4, 4, 7) and jnp.abs(chunk).max() <= 1
     assert jnp.abs(chunk - batch.action).mean() < 0.1, "the sampler does not reproduce what was cloned"
-
-
-def test_average_of_parameters_moves_every_update():
-    settings, batch = make_settings(), make_batch()
-    start = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
-    state, _ = jax.jit(functools.partial(diffusion_policy.update, settings=settings))(start, batch, jax.random.key(1))
-    expected = jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, start.ema_params, state.params)
-    chex.assert_trees_all_close(state.ema_params, expected, atol=1e-7)
-    assert int(state.step) == 1
+    # The average moves at every update.
+    average = jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, previous.ema_params, state.params)
+    chex.assert_trees_all_close(state.ema_params, average, atol=1e-6)
+    assert int(state.step) == 700
 
 
 def test_resampling_draws_from_the_stored_posterior():
-    batch = make_batch(1)
-    flat = batch.replace(latent=batch.latent.replace(logits=jnp.zeros((1, 2, 4))))
-    params = diffusion_policy.init(jax.random.key(0), STATE_DIM, make_settings()).params
+    certain = make_batch(1)
+    uniform = certain.replace(latent=certain.latent.replace(logits=jnp.zeros((1, 2, 4))))
 
-    def difference(resample):
-        settings = make_settings(resample_latent=resample)
-        a, b = (diffusion_policy.loss(params, x, jax.random.key(3), settings=settings)[0] for x in (batch, flat))
-        return abs(float(a - b))
+    @jax.jit
+    def losses(params, batch):
+        both = (make_settings(resample_latent=resample) for resample in (False, True))
+        return [diffusion_policy.loss(params, batch, jax.random.key(3), settings=settings)[0] for settings in both]
 
-    assert difference(False) == 0
-    assert difference(True) > 0
+    (stored, drawn), (same, other) = losses(make_params(), certain), losses(make_params(), uniform)
+    assert stored == same and drawn != other
 
 
 def test_evaluation_adds_no_noise_at_the_last_step_and_exploration_does_at_all():
@@ -158,37 +160,35 @@ def test_evaluation_adds_no_noise_at_the_last_step_and_exploration_does_at_all()
 
 def test_base_denoises_the_first_steps_and_the_finetuned_the_last():
     settings = make_settings()
-    base = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings).params
-    other = diffusion_policy.init(jax.random.key(1), STATE_DIM, settings).params
-    feature = jax.random.normal(jax.random.key(2), (3, STATE_DIM))
-    draw = functools.partial(diffusion_policy.sample, explore=True, settings=settings)
+    base, other = make_params(), make_params(1)
+    feature = jnp.ones((ROWS, STATE_DIM))
     chunk, chain = draw(PolicyParams(base, other), feature, jax.random.key(3))
     _, chain_of_base = draw(PolicyParams(base, base), feature, jax.random.key(3))
-    assert chain.shape == (3, settings.finetuned_steps + 1, 4, 7)
+    assert chain.shape == (ROWS, settings.finetuned_steps + 1, 4, 7)
     np.testing.assert_array_equal(chain[:, 0], chain_of_base[:, 0])
     assert jnp.abs(chain[:, 1] - chain_of_base[:, 1]).max() > 0
     np.testing.assert_array_equal(chunk, jnp.clip(chain[:, -1], -1, 1))
 
 
 def test_log_prob_scores_the_distribution_that_the_sampler_draws_from():
-    settings = make_settings(noise_clip=100.0)
-    params = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings).params
-    feature = jax.random.normal(jax.random.key(1), (1, STATE_DIM)).repeat(4000, 0)
-    draw = functools.partial(diffusion_policy.sample, explore=True, settings=settings)
-    _, chain = jax.jit(draw)(PolicyParams(params, params), feature, jax.random.key(2))
-    conditioned = diffusion_policy.condition(params, feature, settings=settings)
+    settings, params, feature = make_settings(), make_params(), jnp.ones((ROWS, STATE_DIM))
+    _, chain = draw(PolicyParams(params, params), feature, jax.random.key(2))
     steps = np.arange(settings.finetuned_steps - 1, -1, -1)
     std = np.asarray(diffusion_policy.step_std(settings, explore=True))[steps]
-    for i, step in enumerate(steps):
-        normal = diffusion_policy.transition(
-            params, conditioned, chain[:, i], jnp.asarray(step), explore=True, settings=settings
-        )
-        standardised = (chain[:, i + 1] - normal.loc) / std[i]
+
+    @jax.jit
+    def score(params, chain):
+        conditioned = diffusion_policy.condition(params, feature, settings=settings)
+        transition = functools.partial(diffusion_policy.transition, explore=True, settings=settings)
+        means = [transition(params, conditioned, chain[:, i], jnp.asarray(t)).loc for i, t in enumerate(steps)]
+        return jnp.stack(means, 1), diffusion_policy.log_prob(params, conditioned, chain, settings=settings)
+
+    means, scores = score(params, chain)
+    for i in range(len(steps)):
+        standardised = (chain[:, i + 1] - means[:, i]) / std[i]
         np.testing.assert_allclose([standardised.mean(), standardised.std()], [0, 1], atol=0.01)
-        element = distrax.Normal(normal.loc, std[i]).log_prob(chain[:, i + 1])
-        expected = np.clip(element, -5, 2).mean((-2, -1))
-        scored = diffusion_policy.log_prob(params, conditioned, chain, settings=settings)[:, i]
-        np.testing.assert_allclose(scored, expected, atol=1e-4)
+        element = distrax.Normal(means[:, i], std[i]).log_prob(chain[:, i + 1])
+        np.testing.assert_allclose(scores[:, i], np.clip(element, -5, 2).mean((-2, -1)), atol=1e-4)
 
 
 def test_executed_actions_are_the_robots():
@@ -201,11 +201,11 @@ def test_executed_actions_are_the_robots():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_losses_and_samples_are_float32(dtype):
     settings = make_settings(compute_dtype=dtype)
-    state = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings)
-    feature = rssm.feature(make_batch().latent)
-    value, _ = diffusion_policy.loss(state.params, make_batch(), jax.random.key(1), settings=settings)
-    chunk = diffusion_policy.act(
-        PolicyParams(state.params, state.params), feature, jax.random.key(2), settings=settings
-    )
-    assert value.dtype == chunk.dtype == jnp.float32
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+
+    def run(rng):
+        state = diffusion_policy.init(rng, STATE_DIM, settings)
+        policy, batch = PolicyParams(state.params, state.params), make_batch()
+        state, metrics = diffusion_policy.update(state, batch, rng, settings=settings)
+        return state.params, metrics, diffusion_policy.act(policy, rssm.feature(batch.latent), rng, settings=settings)
+
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(jax.eval_shape(run, jax.random.key(0))))

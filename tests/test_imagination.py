@@ -13,7 +13,7 @@ from wam_jax.networks import rssm
 from wam_jax.types import LatentState
 
 STATE_DIM = 3 + 2 * 4
-SETTINGS = ml_collections.FrozenConfigDict({"num_rollouts": 6, "horizon": 3, "resample_latent": True})
+SETTINGS = ml_collections.FrozenConfigDict({"num_rollouts": 64, "horizon": 3, "resample_latent": True})
 POLICY_SETTINGS = ml_collections.FrozenConfigDict(
     {
         "hidden_dim": 16,
@@ -46,33 +46,43 @@ def reward_rule(params, feature, count):
     return feature[:, 0] > params["goal"], count + 1
 
 
-def make_bank(size=5, dtype=jnp.float32):
+def make_bank(size=5):
     logits = jnp.zeros((size, 2, 4))
-    deterministic = jnp.zeros((size, 3), dtype).at[:, 0].set(jnp.arange(size) / 100)
+    deterministic = jnp.zeros((size, 3)).at[:, 0].set(jnp.arange(size) / 100)
     return LatentState(deterministic, logits, jax.nn.one_hot(jnp.zeros((size, 2), int), 4))
 
 
-def make_inputs(goal, gain=1.0):
-    policy = diffusion_policy.init(jax.random.key(0), STATE_DIM, POLICY_SETTINGS).params
-    return ImaginationInputs(make_bank(), {"gain": jnp.asarray(gain)}, {"goal": jnp.asarray(goal)}, policy)
+@functools.cache
+def make_policy():
+    init = functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=POLICY_SETTINGS)
+    return jax.jit(init)(jax.random.key(0)).params
 
 
-def run(inputs, rng, **changes):
+def make_inputs(goal, start=None):
+    start = make_bank() if start is None else start
+    return ImaginationInputs(start, {"gain": jnp.ones(())}, {"goal": jnp.asarray(goal)}, make_policy())
+
+
+PAIR = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
+STATIC = {"imagine_step": imagine_step, "reward_rule": reward_rule}
+reset = jax.jit(functools.partial(imagination.reset, settings=SETTINGS))
+step_chunk = jax.jit(functools.partial(imagination.step_chunk, settings=PAIR, **STATIC))
+
+
+def rollout(inputs, rng):
     policy = diffusion_policy.PolicyParams(inputs.base_policy_params, inputs.base_policy_params)
-    rollout = functools.partial(
-        imagination.rollout,
-        explore=True,
-        imagine_step=imagine_step,
-        reward_rule=reward_rule,
-        policy_settings=POLICY_SETTINGS,
-        settings=ml_collections.FrozenConfigDict({**SETTINGS, **changes}),
+    return imagination.rollout(
+        policy, inputs, rng, explore=True, policy_settings=POLICY_SETTINGS, settings=SETTINGS, **STATIC
     )
-    return jax.jit(rollout)(policy, inputs, rng)
+
+
+def start_pair(inputs):
+    state = reset(inputs.start, jax.random.key(0))
+    return jax.tree.map(lambda x: x[:2] if x.ndim else x, state)
 
 
 def test_starts_come_from_the_bank_with_fresh_latents():
-    state = imagination.reset(make_bank(), jax.random.key(0), settings=ml_collections.FrozenConfigDict(
-        {"num_rollouts": 100, "horizon": 3, "resample_latent": True}))  # fmt: skip
+    state = reset(make_bank(), jax.random.key(0))
     position = np.asarray(state.latent.deterministic[:, 0])
     assert set(np.round(100 * position).astype(int)) == {0, 1, 2, 3, 4}
     assert (state.latent.stochastic.sum(-1) == 1).all() and state.latent.stochastic[..., 0].mean() < 0.5
@@ -81,12 +91,9 @@ def test_starts_come_from_the_bank_with_fresh_latents():
 
 def test_a_decision_takes_every_action_in_order_with_the_gripper_thresholded():
     inputs = make_inputs(goal=100.0)
-    settings = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
-    state = imagination.reset(inputs.start, jax.random.key(0), settings=settings)
+    state = start_pair(inputs)
     chunk = jnp.zeros((2, 2, 7)).at[:, :, 0].set(jnp.array([[0.5, 0.25], [2.0, -0.5]])).at[:, -1, -1].set(0.1)
-    after, reward, terminated, truncated = imagination.step_chunk(
-        state, chunk, jax.random.key(1), inputs, imagine_step=imagine_step, reward_rule=reward_rule, settings=settings
-    )
+    after, reward, terminated, truncated = step_chunk(state, chunk, jax.random.key(1), inputs)
     moved = after.latent.deterministic[:, 0] - state.latent.deterministic[:, 0]
     np.testing.assert_allclose(moved, [0.75, 0.5], atol=1e-6)  # 2.0 is clipped to 1
     np.testing.assert_allclose(after.latent.deterministic[:, 1:], [[2, 1], [2, 1]])
@@ -95,15 +102,11 @@ def test_a_decision_takes_every_action_in_order_with_the_gripper_thresholded():
 
 def test_success_within_a_chunk_counts_and_ends_the_episode_once():
     inputs = make_inputs(goal=0.4)
-    settings = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
-    static = {"imagine_step": imagine_step, "reward_rule": reward_rule, "settings": settings}
-    state = imagination.reset(inputs.start, jax.random.key(0), settings=settings)
+    state = start_pair(inputs)
     there_and_back = jnp.zeros((2, 2, 7)).at[0, :, 0].set(jnp.array([0.5, -0.5]))
     rewards, ends, cuts = [], [], []
     for step in range(3):
-        state, reward, terminated, truncated = imagination.step_chunk(
-            state, there_and_back, jax.random.key(step), inputs, **static
-        )
+        state, reward, terminated, truncated = step_chunk(state, there_and_back, jax.random.key(step), inputs)
         rewards, ends, cuts = [*rewards, reward], [*ends, terminated], [*cuts, truncated]
     np.testing.assert_array_equal(rewards, [[1, 0], [0, 0], [0, 0]])
     np.testing.assert_array_equal(ends, np.array(rewards, bool))
@@ -111,7 +114,7 @@ def test_success_within_a_chunk_counts_and_ends_the_episode_once():
 
 
 def test_rollout_is_one_episode_each_and_the_rest_is_invalid():
-    episodes = run(make_inputs(goal=0.9), jax.random.key(3), num_rollouts=64)
+    episodes = jax.jit(rollout)(make_inputs(goal=0.9), jax.random.key(3))
     valid, terminated, truncated = (np.asarray(x) for x in (episodes.valid, episodes.terminated, episodes.truncated))
     assert episodes.feature.shape == (3, 64, STATE_DIM) and episodes.chain.shape == (3, 64, 3, 2, 7)
     assert episodes.last_feature.shape == (64, STATE_DIM)
@@ -127,6 +130,6 @@ def test_rollout_is_one_episode_each_and_the_rest_is_invalid():
 
 
 def test_rollout_keeps_the_banks_dtypes():
-    inputs = make_inputs(goal=100.0).replace(start=make_bank(dtype=jnp.bfloat16))
-    episodes = run(inputs, jax.random.key(0))
+    inputs = make_inputs(goal=100.0, start=make_bank().replace(deterministic=jnp.zeros((5, 3), jnp.bfloat16)))
+    episodes = jax.eval_shape(rollout, inputs, jax.random.key(0))
     assert episodes.feature.dtype == jnp.bfloat16 and episodes.chain.dtype == episodes.reward.dtype == jnp.float32

@@ -38,12 +38,12 @@ class Rollout:
 
     success: np.ndarray  # bool [B], whether the oracle fired within the limit
     steps: np.ndarray  # int32 [B], steps until it fired first; the limit where it did not
-    video: Observation | None  # first episode, [T + 1, ...], where asked for
-    actions: np.ndarray | None  # first episode, [T, 7], where asked for
+    video: Observation  # the first episode's, [T + 1, ...]
+    actions: np.ndarray  # the first episode's, [T, 7]
 
 
 def rollout(
-    environment: Environment, policy: Policy, task: str, rng: Array, *, num_episodes: int, max_steps: int, video=False
+    environment: Environment, policy: Policy, task: str, rng: Array, *, num_episodes: int, max_steps: int
 ) -> Rollout:
     """Runs B episodes of one task in parallel.
 
@@ -54,10 +54,9 @@ def rollout(
       rng: key; the starts depend on it alone, so every policy meets the same ones.
       num_episodes: B.
       max_steps: control steps (1/30 s) an episode may take; a chunk that begins before the limit is executed whole.
-      video: keep the first episode's observations and actions.
 
     Returns:
-      success and length of every episode.
+      success and length of every episode, and the first one's film.
     """
     start_rng, policy_rng = jax.random.split(rng)
     tasks = jnp.full(num_episodes, specs.task_index(task), jnp.int32)
@@ -79,11 +78,8 @@ def rollout(
             first_success = np.where(hit & ~solved, step + index + 1, first_success)
             solved |= hit
         step += chunk.shape[1]
-        if video:
-            frames.append(jax.tree.map(lambda x: np.asarray(x[0]), observations))
-            actions.append(np.asarray(chunk[0]))
-    if not video:
-        return Rollout(solved, first_success, None, None)
+        frames.append(jax.tree.map(lambda x: np.asarray(x[0]), observations))
+        actions.append(np.asarray(chunk[0]))
     film = jax.tree.map(lambda *x: np.concatenate(x), *frames)
     return Rollout(solved, first_success, film, np.concatenate(actions))
 

@@ -332,7 +332,10 @@ def _decode_vectors(values: Sequence[bytes]) -> np.ndarray:
 def _decode_images(pngs: Sequence[bytes]) -> np.ndarray:
     images = np.empty((len(pngs), specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8)
     for image, png in zip(images, pngs, strict=True):
-        image[:] = resize(cv2.cvtColor(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+        decoded = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+        if decoded is None:
+            raise ValueError("a shard holds an image that is no PNG; delete the shard and write it again")
+        image[:] = resize(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
     return images
 
 

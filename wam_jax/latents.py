@@ -31,7 +31,7 @@ def encode_episodes(
     """
     encode = _encoder(model)
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].action))  # alike lengths share a batch
-    latents: list[LatentState | None] = [None] * len(episodes)
+    latents: dict[int, LatentState] = {}
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         longest = max(len(episodes[i].action) for i in indices)
@@ -42,7 +42,7 @@ def encode_episodes(
         for row, index in enumerate(indices):
             steps = len(episodes[index].action)
             latents[index] = jax.tree.map(lambda x, row=row, steps=steps: x[row, :steps], encoded)
-    return latents
+    return [latents[index] for index in range(len(episodes))]
 
 
 @functools.lru_cache(maxsize=4)

@@ -52,7 +52,7 @@ class RewardScale:
     """Running statistics of discounted returns over all decisions seen; float32 scalars."""
 
     mean: Array
-    variance: Array
+    squares: Array  # sum of squared deviations from the mean
     count: Array
 
 
@@ -105,7 +105,7 @@ def init(rng: Array, base_policy_params: Params, state_dim: int, settings: Any) 
         params=ActorCritic(actor, critic_params),
         actor_optimizer_state=actor_optimizer(settings).init(actor),
         critic_optimizer_state=critic_optimizer(settings).init(critic_params),
-        reward_scale=RewardScale(mean=jnp.zeros(()), variance=jnp.ones(()), count=jnp.full((), 1e-4)),
+        reward_scale=RewardScale(*jnp.array([0.0, 1e-4, 1e-4])),  # DPPO's prior: variance 1, seen 1e-4 times
         iteration=jnp.zeros((), jnp.int32),
     )
 
@@ -160,10 +160,12 @@ def valid_moments(x: Array, valid: Array, axis_name: str | None) -> tuple[Array,
     return mean, squares / jnp.maximum(count - 1, 1), count
 
 
-def update_reward_scale(
+def scale_reward(
     scale: RewardScale, reward: Array, valid: Array, *, settings: Any, axis_name: str | None = None
-) -> RewardScale:
-    """Merges the discounted returns-so-far of new episodes into the running statistics (Chan et al. 1979).
+) -> tuple[Array, RewardScale]:
+    """Divides rewards by the running standard deviation of discounted returns-so-far, and clips them.
+
+    The new episodes enter the statistics first (merged as in Chan et al. 1979). The mean of the rewards stays.
 
     Args:
       scale: statistics until now.
@@ -171,6 +173,9 @@ def update_reward_scale(
       valid: bool [H, B].
       settings: see the module.
       axis_name: devices to count together.
+
+    Returns:
+      scaled reward, float32 [H, B], and the statistics with these episodes in them.
     """
 
     def forward(so_far, reward):
@@ -179,20 +184,11 @@ def update_reward_scale(
 
     _, returns = lax.scan(forward, jnp.zeros_like(reward[0]), reward)
     mean, variance, count = valid_moments(returns, valid, axis_name)
-    total = scale.count + count
-    squares = scale.variance * scale.count + variance * (count - 1)
-    squares = squares + jnp.square(mean - scale.mean) * scale.count * count / total
-    return RewardScale(
-        mean=scale.mean + (mean - scale.mean) * count / total,
-        variance=squares / jnp.maximum(total - 1, 1),
-        count=total,
-    )
-
-
-def scale_reward(scale: RewardScale, reward: Array, *, settings: Any) -> Array:
-    """Divides rewards by the standard deviation of discounted returns, then clips them; the mean stays."""
-    scaled = reward / jnp.sqrt(scale.variance + 1e-8)
-    return jnp.clip(scaled, -settings.reward_clip, settings.reward_clip)
+    total, shift = scale.count + count, mean - scale.mean
+    squares = scale.squares + variance * jnp.maximum(count - 1, 0) + shift**2 * scale.count * count / total
+    scale = RewardScale(mean=scale.mean + shift * count / total, squares=squares, count=total)
+    scaled = reward / jnp.sqrt(squares / jnp.maximum(total - 1, 1) + 1e-8)
+    return jnp.clip(scaled, -settings.reward_clip, settings.reward_clip), scale
 
 
 def clip_width(settings: Any, num_steps: int) -> Array:
@@ -221,8 +217,7 @@ def loss(
       params: actor and critic.
       batch: B decisions.
       base_chain: float32 [B, F+1, C, A], chains of the base policy.
-      policy_settings: see diffusion_policy.
-      settings: see the module.
+      policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices that the mean runs over.
 
     Returns:
@@ -261,6 +256,11 @@ def _select(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
+def _apply(optimizer: optax.GradientTransformation, grads: Any, params: Any, optimizer_state: Any) -> tuple[Any, Any]:
+    updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+    return optax.apply_updates(params, updates), optimizer_state
+
+
 def _gradient_step(
     state: PPOState,
     batch: Decisions,
@@ -279,14 +279,13 @@ def _gradient_step(
     )
     grads, metrics = pmean(grads, axis_name), pmean(metrics, axis_name)
     old = (state.params.actor, state.actor_optimizer_state)
-    updates, actor_optimizer_state = actor_optimizer(settings).update(grads.actor, old[1], old[0])
-    new = (optax.apply_updates(old[0], updates), actor_optimizer_state)
+    new = _apply(actor_optimizer(settings), grads.actor, *old)
     actor, actor_optimizer_state = _select(state.iteration >= settings.critic_warmup, new, old)
-    updates, critic_optimizer_state = critic_optimizer(settings).update(
-        grads.critic, state.critic_optimizer_state, state.params.critic
+    critic_params, critic_optimizer_state = _apply(
+        critic_optimizer(settings), grads.critic, state.params.critic, state.critic_optimizer_state
     )
     state = state.replace(
-        params=ActorCritic(actor, optax.apply_updates(state.params.critic, updates)),
+        params=ActorCritic(actor, critic_params),
         actor_optimizer_state=actor_optimizer_state,
         critic_optimizer_state=critic_optimizer_state,
     )
@@ -320,14 +319,14 @@ def update(
       decisions: B decisions of this device.
       base_policy_params: of the frozen base policy.
       rng: one key.
-      policy_settings: see diffusion_policy.
-      settings: see the module.
+      policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices to average gradients over.
 
     Returns:
       the state, and metrics averaged over the steps that counted; `first_approx_kl` and `first_ratio_error` are the
       first step's, which are zero unless old and new log-probabilities come from different functions.
     """
+    static = {"policy_settings": policy_settings, "settings": settings, "axis_name": axis_name}
     row_rng, step_rng = jax.random.split(rng)
     rows = _minibatch_rows(row_rng, decisions.valid.shape[0], settings)
 
@@ -335,10 +334,7 @@ def update(
         state, stopped = carry
         rows, rng = rows_and_rng
         batch = jax.tree.map(lambda x: x[rows], decisions)
-        new_state, metrics = _gradient_step(
-            state, batch, base_policy_params, rng,
-            policy_settings=policy_settings, settings=settings, axis_name=axis_name,
-        )  # fmt: skip
+        new_state, metrics = _gradient_step(state, batch, base_policy_params, rng, **static)
         state = _select(~stopped, new_state, state)
         return (state, stopped | (metrics["approx_kl"] > settings.target_kl)), (metrics, ~stopped)
 
@@ -357,22 +353,21 @@ def prepare(
     Args:
       state: training state before the update.
       episodes: H decisions of B episodes.
-      policy_settings: see diffusion_policy.
-      settings: see the module.
+      policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices that statistics run over.
 
     Returns:
       H*B decisions, the reward statistics with these episodes in them, and metrics.
     """
-    scale = update_reward_scale(
+    reward, scale = scale_reward(
         state.reward_scale, episodes.reward, episodes.valid, settings=settings, axis_name=axis_name
     )
     feature = jnp.concatenate([episodes.feature, episodes.last_feature[None]])
     value = critic(settings).apply(state.params.critic, feature)
+    ends = (episodes.terminated, episodes.truncated)
     advantage, target = gae(
-        scale_reward(scale, episodes.reward, settings=settings), value[:-1], value[1:],
-        episodes.terminated, episodes.truncated, discount=settings.discount, gae_lambda=settings.gae_lambda,
-    )  # fmt: skip
+        reward, value[:-1], value[1:], *ends, discount=settings.discount, gae_lambda=settings.gae_lambda
+    )
     mean, variance, count = valid_moments(advantage, episodes.valid, axis_name)
     normalised = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
     flat_feature, chain, normalised, flat_target, valid = jax.tree.map(
@@ -387,7 +382,6 @@ def prepare(
         "reward": valid_moments(episodes.reward, episodes.valid, axis_name)[0],
         "valid_decisions": count,
         "explained_variance": 1 - variance / jnp.maximum(target_variance, 1e-8),
-        "reward_std": jnp.sqrt(scale.variance),
     }
     return decisions, scale, metrics
 
@@ -411,8 +405,7 @@ def iteration(
       rng: one key, unique to (seed, iteration, device).
       imagine_step: one step of the world model's prior.
       reward_rule: judges each imagined latent.
-      policy_settings: see diffusion_policy.
-      settings: see the module.
+      policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices that train together.
 
     Returns:

@@ -1,5 +1,6 @@
 """The one training loop: resume, N updates a dispatch, metrics one dispatch behind, checkpoints, clean interruption."""
 
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from tqdm import tqdm
 from wam_jax import metrics as metrics_lib
 from wam_jax import parallel
 from wam_jax.checkpoints import Checkpointer
+
+
+SHOWN = ("loss", "reconstruction", "kl", "inverse_dynamics", "bc_loss", "accuracy", "imagined_success", "approx_kl")
 
 
 class Interruption:
@@ -37,6 +41,16 @@ class Interruption:
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def repeat(bank: Any) -> Callable[[int], Iterator[Any]]:
+    """For `fit`: every call gets the same bank, which the updates draw their rows from."""
+
+    def make_batches(first_step: int) -> Iterator[Any]:
+        del first_step
+        return itertools.repeat(bank)
+
+    return make_batches
 
 
 def fit(
@@ -105,6 +119,7 @@ def fit(
         state = jax.device_get(parallel.unreplicate(state))
         checkpointer.save(step, state, settings)
         checkpointer.close()
+    getattr(batches, "close", lambda: None)()  # ends the loader's threads
     writer.close()
     progress.close()
     if interruption.requested:
@@ -123,4 +138,5 @@ def _report(writer, progress, metrics, first_step, batches, started):
     means = {name: value.mean() for name, value in values.items()}
     writer.write(first_step + num_updates, means | seconds)
     progress.update(num_updates)
-    progress.set_postfix({name: f"{value:.4g}" for name, value in list(means.items())[:3]}, refresh=False)
+    shown = [name for name in SHOWN if name in means]
+    progress.set_postfix({name: f"{means[name]:.4g}" for name in shown}, refresh=False)

@@ -13,10 +13,11 @@ Axis legend, used in every shape of this project:
 
 import flax.struct
 import jax
+import numpy as np
 
-Array = jax.Array
+Array = jax.Array | np.ndarray  # host or device: the functions here take either
 Params = dict
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Array]
 
 
 @flax.struct.dataclass

@@ -18,7 +18,7 @@ CAPTION_HEIGHT = 22  # pixels
 
 def open_loop(
     model: WorldModel, params: Params, observation: Observation, action: Array, rng: Array, *, context: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Array, Array]:
     """Predicts an episode's frames from its first ones and its true actions.
 
     Args:

@@ -206,10 +206,11 @@ def decode(model: WorldModel, params: Params, latent: LatentState) -> tuple[Arra
     """Decodes states [...] into images (static, gripper), uint8 [..., 64, 64, 3]."""
     features = feature(latent)
     images = model.decoder.apply({"params": params["decoder"]}, features.reshape(-1, features.shape[-1]))
-    return tuple(
+    static, gripper = (
         jnp.clip((x + 1) * 127.5, 0, 255).round().astype(jnp.uint8).reshape(*features.shape[:-1], *x.shape[1:])
         for x in images
     )
+    return static, gripper
 
 
 # --- Loss and update ---
@@ -240,7 +241,7 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
         "kl": _balanced_kl(posterior.logits, _prior_logits(model, params, posterior), settings.kl_balance),
     }
     weights = {"reconstruction": 1.0, "kl": settings.kl_weight}
-    metrics = {}
+    metrics: Metrics = {}
     if settings.action_weight:
         terms["inverse_dynamics"], metrics = inverse_dynamics.loss(
             params["inverse_dynamics"], (embedding.astype(jnp.float32), batch.action), head=model.inverse_dynamics
@@ -263,8 +264,9 @@ def _prior_logits(model, params, latents: LatentState) -> Array:
 
 def _reconstruction(model, params, features: Array, observation: Observation) -> Array:
     images = model.decoder.apply({"params": params["decoder"]}, features.reshape(-1, features.shape[-1]))
-    targets = (normalize_image(x).reshape(-1, *x.shape[-3:]) for x in (observation.rgb_static, observation.rgb_gripper))
-    return sum(0.5 * jnp.square(x - y).sum(axis=(1, 2, 3)).mean() for x, y in zip(images, targets, strict=True))
+    targets = [normalize_image(x).reshape(-1, *x.shape[-3:]) for x in (observation.rgb_static, observation.rgb_gripper)]
+    static, gripper = (0.5 * jnp.square(x - y).sum(axis=(1, 2, 3)) for x, y in zip(images, targets, strict=True))
+    return jnp.mean(static + gripper)
 
 
 def _balanced_kl(posterior_logits: Array, prior_logits: Array, balance: float) -> Array:

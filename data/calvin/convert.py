@@ -13,6 +13,7 @@ import hashlib
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ SPLIT_FOLDERS = {"train": "training", "validation": "validation"}
 _INPUT = flags.DEFINE_string("input", None, "Folder that holds training/ and validation/.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards; made if missing.", required=True)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", specs.IMAGE_SIZE, "Pixels of both cameras; 0 keeps 200 and 84.")
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes, each writing one shard at a time.")
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes, each writing one shard at a time.")
 _FRAMES_PER_SHARD = flags.DEFINE_integer("frames_per_shard", 5000, "A shard is full with this many frames.")
 _MAX_EPISODE_STEPS = flags.DEFINE_integer("max_episode_steps", 500, "Longer stretches of play are cut.")
 
@@ -121,13 +122,26 @@ def _run(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, list[int]]]
         return
     # Spawned, not forked: JAX and TFDS hold threads, which a fork does not copy.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _use_cpu) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker) as pool:
         futures = {pool.submit(_write, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    _use_cpu()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Ends a worker whose parent was killed; it would otherwise wait for its next shard for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _use_cpu() -> None:

@@ -1,7 +1,7 @@
 """The paper: CALVIN environment D, full sizes; every value and its source stands in base.py.
 
-Command: python -m experiments.train_world_model --config=experiments/configs/calvin_d.py --workdir=runs/calvin_d \\
-    --config.dataset.play=DIR (the converted task_D_D, see data/README.md)
+Command: python -m experiments.train_world_model --config=experiments/configs/calvin_d.py --workdir=runs/calvin_d
+with --config.dataset.play=DIR, the converted task_D_D (see data/README.md)
 Hardware: a GPU or a TPU; 230,000 updates of 50 x 50 frames. Not run by us yet: no score of ours to expect.
 The paper's scores: 71.2 % (or 61.7 %) after behavioural cloning, 92.8 % after PPO.
 """

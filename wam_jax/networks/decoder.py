@@ -56,7 +56,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, feature: Array) -> tuple[Array, Array]:
         """Maps features [B, D + S*V] to float32 images (static, gripper), each [B, 64, 64, 3] in about [-1, 1]."""
-        head = {"conv": ConvHead, "patch": PatchHead}[self.kind]
+        head = ConvHead if self.kind == "conv" else PatchHead
         shared = dense(self.shared_dim, self.dtype, name="shared")(feature.astype(self.dtype))
         static = head(self.width, self.dtype, name="static")(shared)
         return static, head(self.width, self.dtype, name="gripper")(shared)

@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         Returns:
           [B, fused_dim + 18], e_t.
         """
-        camera = {"conv": ConvCamera, "patch": PatchCamera}[self.kind]
+        camera = ConvCamera if self.kind == "conv" else PatchCamera
         static = camera(self.width, self.dtype, name="static")(normalize_image(rgb_static))
         gripper = camera(self.width, self.dtype, name="gripper")(normalize_image(rgb_gripper))
         fused = dense(self.fused_dim, self.dtype, name="fuse")(jnp.concatenate([static, gripper], axis=-1))

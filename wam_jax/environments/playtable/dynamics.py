@@ -226,10 +226,11 @@ def _pinch(state: State) -> State:
 
 def _resolve_deepest(state: State) -> State:
     """Takes back the deepest overlap: by the touched part as far as it can move, the rest by the hand."""
-    depth, _ = _contact_table(state, 0, len(_RADII))
-    index = jnp.argmax(depth)
-    depth = jnp.maximum(depth.reshape(-1)[index], 0.0)
-    sphere, box = index // len(geometry.BOX_BODY), index % len(geometry.BOX_BODY)
+    table, _ = _contact_table(state, 0, len(_RADII))
+    # First the box, then the sphere: an argmax over all pairs is not vectorised on CPUs and costs more than the table.
+    box = jnp.argmax(jnp.max(table, axis=0))
+    sphere = jnp.argmax(table[:, box])
+    depth = jnp.maximum(table[sphere, box], 0.0)
     body = jnp.asarray(geometry.BOX_BODY)[box]
     rotation = _box_rotations(state)[box]
     half_size = jnp.asarray(geometry.BOX_HALF_SIZE)[box]

@@ -5,20 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from wam_jax import specs
-from wam_jax.environments.playtable import geometry
+from wam_jax.environments.playtable import draws, geometry
 from wam_jax.environments.playtable.dynamics import State
 from wam_jax.types import Array
 
-# Free space in which the hand starts: position, and roll, pitch, yaw as mean and standard deviation.
-_HAND_LOW = np.array([-0.18, -0.30, 0.53], np.float32)
-_HAND_HIGH = np.array([0.28, -0.10, 0.65], np.float32)
-_EULER_MEAN = np.array([np.pi, 0.0, np.pi / 2], np.float32)
-_EULER_STD = np.array([0.08, 0.08, 0.12], np.float32)
+# Free space in which the hand starts; roll and yaw are about pi and pi / 2.
+_HAND_LOW = np.array([-0.18, -0.30, 0.53, np.pi - 0.15, -0.15, np.pi / 2 - 0.22], np.float32)
+_HAND_HIGH = np.array([0.28, -0.10, 0.65, np.pi + 0.15, 0.15, np.pi / 2 + 0.22], np.float32)
 
 # Where blocks start: x and y ranges of the table, the cabinet's left and its right side, and shares of the three.
 _AREAS_LOW = np.array([[0.0, -0.13], [-0.31, 0.098], [-0.04, 0.098]], np.float32)
 _AREAS_HIGH = np.array([[0.35, -0.05], [-0.16, 0.112], [0.12, 0.112]], np.float32)
-_AREA_SHARES = np.log(np.array([0.5, 0.25, 0.25]))
+_AREA_CHOICE = (0.5, 0.75)
 _BLOCK_GAP = 0.095  # between centres: no two blocks touch whatever their yaw
 _BLOCK_TRIES = 16
 
@@ -38,11 +36,13 @@ def reset(rng: Array) -> State:
     Args:
       rng: one key.
     """
-    keys = jax.random.split(rng, 5)
-    hand = jax.random.uniform(keys[0], (3,), minval=_HAND_LOW, maxval=_HAND_HIGH)
-    euler = _EULER_MEAN + _EULER_STD * jnp.clip(jax.random.normal(keys[1], (3,)), -2.5, 2.5)
-    flags = jax.random.bernoulli(keys[2], shape=(2,)).astype(jnp.float32)  # fingers open, LED on
-    return _make_state(hand, euler, flags[0], _random_joints(keys[3]), flags[1], _random_blocks(keys[4]))
+    joints = (geometry.NUM_JOINTS,)
+    places = (geometry.NUM_BLOCKS, _BLOCK_TRIES, 3)
+    draw = draws.uniform(rng, hand=(6,), open=(), led=(), where=joints, value=joints, places=places, yaw=(3,))
+    pose = draws.between(_HAND_LOW, _HAND_HIGH, draw["hand"])
+    joints = _random_joints(draw["where"], draw["value"])
+    blocks = _random_blocks(draw["places"], draws.between(-np.pi, np.pi, draw["yaw"]))
+    return _make_state(pose[:3], pose[3:], draw["open"] < 0.5, joints, draw["led"] < 0.5, blocks)
 
 
 def reset_to_task(rng: Array, task: Array) -> State:
@@ -52,11 +52,11 @@ def reset_to_task(rng: Array, task: Array) -> State:
       rng: one key.
       task: int32 [], index into `specs.TASKS`; may be traced.
     """
-    scene_rng, share_rng, value_rng = jax.random.split(rng, 3)
+    scene_rng, joint_rng = jax.random.split(rng)
     state = reset(scene_rng)
-    low, high = jnp.asarray(_TASK_LOW)[task], jnp.asarray(_TASK_HIGH)[task]
-    value = jax.random.uniform(value_rng, minval=low, maxval=high)
-    value = jnp.where(jax.random.bernoulli(share_rng, _END_SHARE), jnp.asarray(_TASK_END)[task], value)
+    draw = draws.uniform(joint_rng, at_end=(), value=())
+    value = draws.between(jnp.asarray(_TASK_LOW)[task], jnp.asarray(_TASK_HIGH)[task], draw["value"])
+    value = jnp.where(draw["at_end"] < _END_SHARE, jnp.asarray(_TASK_END)[task], value)
     joints = jnp.where(jnp.arange(geometry.NUM_JOINTS) == jnp.asarray(_TASK_JOINT)[task], value, state.joints)
     led = jnp.asarray(_TASK_LED)[task]
     return state.replace(
@@ -78,8 +78,9 @@ def reset_to(robot_obs: Array, scene_obs: Array) -> State:
     blocks = scene_obs[specs.BLOCKS :].reshape(geometry.NUM_BLOCKS, 6)
     euler = robot_obs[3:6].at[0].set(robot_obs[3] % (2 * np.pi))
     joints = jnp.clip(scene_obs[: geometry.NUM_JOINTS], 0, geometry.JOINT_LIMITS)
-    is_open = (robot_obs[14] > 0).astype(jnp.float32)
-    state = _make_state(robot_obs[:3], euler, is_open, joints, scene_obs[specs.LED], blocks[:, jnp.array([0, 1, 5])])
+    state = _make_state(
+        robot_obs[:3], euler, robot_obs[14] > 0, joints, scene_obs[specs.LED], blocks[:, jnp.array([0, 1, 5])]
+    )
     return state.replace(opening=jnp.clip(robot_obs[6], 0, geometry.MAX_OPENING))
 
 
@@ -92,7 +93,7 @@ def _make_state(position, euler, is_open, joints, led, blocks) -> State:
         target_position=as_float(position),
         target_euler=as_float(euler),
         opening=geometry.MAX_OPENING * as_float(is_open),
-        gripper_command=jnp.where(is_open > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE).astype(jnp.float32),
+        gripper_command=jnp.where(is_open, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE).astype(jnp.float32),
         joints=as_float(joints),
         lightbulb=(joints[_SWITCH] > geometry.SWITCH_ON).astype(jnp.float32),
         led=as_float(led),
@@ -102,25 +103,26 @@ def _make_state(position, euler, is_open, joints, led, blocks) -> State:
     )
 
 
-def _random_joints(rng: Array) -> Array:
+def _random_joints(where: Array, value: Array) -> Array:
     """Slider, drawer and switch at either end stop (30 % each) or anywhere between; the button is up."""
-    where_rng, value_rng = jax.random.split(rng)
-    where = jax.random.uniform(where_rng, (geometry.NUM_JOINTS,))
-    value = jax.random.uniform(value_rng, (geometry.NUM_JOINTS,))
     value = jnp.where(where < 0.3, 0.0, jnp.where(where < 0.6, 1.0, value))
     return (value * geometry.JOINT_LIMITS).at[geometry.BUTTON].set(0.0)
 
 
-def _random_blocks(rng: Array) -> Array:
-    """Places the blocks one by one, each at the first of a few drawn places that is free: [3, 3] of x, y, yaw."""
-    blocks = jnp.full((geometry.NUM_BLOCKS, 3), 10.0)  # far away until placed
-    for i, key in enumerate(jax.random.split(rng, geometry.NUM_BLOCKS)):
-        area_rng, place_rng, yaw_rng = jax.random.split(key, 3)
-        area = jax.random.categorical(area_rng, _AREA_SHARES, shape=(_BLOCK_TRIES,))
-        low, high = jnp.asarray(_AREAS_LOW)[area], jnp.asarray(_AREAS_HIGH)[area]
-        places = jax.random.uniform(place_rng, (_BLOCK_TRIES, 2), minval=low, maxval=high)
-        gaps = jnp.linalg.norm(places[:, None] - blocks[None, :, :2], axis=-1)
-        place = places[jnp.argmax(jnp.min(gaps, axis=-1) > _BLOCK_GAP)]
-        yaw = jax.random.uniform(yaw_rng, minval=-np.pi, maxval=np.pi)
-        blocks = blocks.at[i].set(jnp.concatenate([place, yaw[None]]))
-    return blocks
+def _random_blocks(places: Array, yaw: Array) -> Array:
+    """Places the blocks one by one, each at the first of its drawn places that is free.
+
+    Args:
+      places: [3, tries, 3], draws for area, x and y.
+      yaw: [3], rad.
+
+    Returns:
+      [3, 3], x, y, yaw.
+    """
+    area = draws.choice(_AREA_CHOICE, places[..., 0])
+    places = draws.between(jnp.asarray(_AREAS_LOW)[area], jnp.asarray(_AREAS_HIGH)[area], places[..., 1:])
+    centers = jnp.full((geometry.NUM_BLOCKS, 2), 10.0)  # far away until placed
+    for i in range(geometry.NUM_BLOCKS):
+        gaps = jnp.linalg.norm(places[i][:, None] - centers[None], axis=-1)
+        centers = centers.at[i].set(places[i, jnp.argmax(jnp.min(gaps, axis=-1) > _BLOCK_GAP)])
+    return jnp.concatenate([centers, yaw[:, None]], axis=-1)

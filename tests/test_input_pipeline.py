@@ -1,0 +1,161 @@
+"""Windows stay within episodes, come in an order that is a function of (seed, step), and bad input is named."""
+
+import jax
+import numpy as np
+import pytest
+
+from wam_jax import input_pipeline, rlds
+from wam_jax.types import Observation, StepBatch
+
+LENGTHS = (9, 3, 14, 20, 5)  # steps of the episodes of the train split; one is shorter than a window
+T = 5
+STARTS = sum(max(0, n - T + 1) for n in LENGTHS)
+
+
+def make_episode(index, length):
+    """An episode whose action tells episode and step, and whose images tell the step."""
+    position = np.arange(length)
+    frames = np.broadcast_to(position.astype(np.uint8)[:, None, None, None], (length, 64, 64, 3))
+    action = np.zeros((length, 7))
+    action[:, 0], action[:, 1] = index, position
+    observation = Observation(frames, frames + 100, np.ones((length, 15)) * index, np.ones((length, 24)) * index)
+    task = np.full(length, index, np.int32)
+    steps = StepBatch(observation, action, position == 0, position == length - 1, task, np.zeros(length, np.float32))
+    return rlds.Episode(steps, source="test", episode_id=str(index))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("windows")
+    episodes = [make_episode(i, n) for i, n in enumerate(LENGTHS)]
+    splits = {"train": episodes, "validation": [make_episode(0, 6)]}
+    return rlds.write_dataset(path, "windows", splits, episodes_per_shard=2)
+
+
+def take(directory, count, cache="memory", batch_size=4, seed=0, **arguments):
+    batches = input_pipeline.make_batches(directory, "train", batch_size, T, seed, cache=cache, **arguments)
+    try:
+        return [jax.tree.map(np.asarray, next(batches)) for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_read_episodes(directory):
+    episodes = input_pipeline.read_episodes(directory)
+    assert [len(episode.is_first) for episode in episodes] == list(LENGTHS)
+    written = make_episode(2, LENGTHS[2]).steps
+    assert_equal(episodes[2], jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, written))
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(episodes[2])}
+    assert dtypes == {"uint8", "float32", "int32", "bool"}
+    assert len(input_pipeline.read_episodes(directory, "validation")) == 1
+
+
+def test_windows_lie_within_episodes_and_an_epoch_holds_each_once(directory):
+    (batch,) = take(directory, 1, batch_size=STARTS)  # exactly one epoch
+    action = batch.action[0, 0]
+    assert (action[..., 0] == action[:, :1, 0]).all()  # one episode a window
+    assert (np.diff(action[..., 1]) == 1).all()  # consecutive steps
+    assert (batch.observation.rgb_static[0, 0, ..., 0, 0, 0] == action[..., 1]).all()  # images of the same steps
+    assert not batch.is_last[0, 0, :, :-1].any() and not batch.is_first[0, 0, :, 1:].any()
+    found = sorted((int(episode), int(start)) for episode, start in action[:, 0, :2])
+    assert found == [(e, s) for e, n in enumerate(LENGTHS) for s in range(n - T + 1)]
+
+
+def test_both_cache_modes_give_the_same_batches(directory):
+    for streamed, cached in zip(take(directory, 4, "none"), take(directory, 4, "memory"), strict=True):
+        assert_equal(streamed, cached)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_batch_is_a_function_of_seed_and_step(directory, cache):
+    batches = take(directory, 12, cache)  # more than one epoch
+    for resumed, batch in zip(take(directory, 4, cache, start_step=8), batches[8:], strict=True):
+        assert_equal(resumed, batch)
+    assert not all(
+        (a.action == b.action).all() for a, b in zip(batches, take(directory, 12, cache, seed=1), strict=True)
+    )
+    assert not (batches[0].action == batches[STARTS // 4].action).all()  # the next epoch has another order
+
+
+def test_position_of_the_iterator_continues_it(directory):
+    batches = input_pipeline.make_batches(directory, "train", 4, T, seed=0, updates_per_dispatch=2)
+    next(batches)
+    assert batches.step == 2
+    continued = next(batches)
+    assert batches.seconds_waiting > 0
+    batches.close()
+    assert_equal(take(directory, 1, start_step=2, updates_per_dispatch=2)[0], jax.tree.map(np.asarray, continued))
+
+
+def test_many_updates_of_a_dispatch_are_the_single_ones(directory):
+    single = take(directory, 6)
+    for dispatch, batch in enumerate(take(directory, 2, updates_per_dispatch=3)):
+        assert batch.observation.rgb_static.shape == (1, 3, 4, T, 64, 64, 3)
+        for n in range(3):
+            assert_equal(jax.tree.map(lambda x, n=n: x[:, n : n + 1], batch), single[3 * dispatch + n])
+
+
+def test_devices_and_processes_take_disjoint_parts_of_each_update():
+    whole = input_pipeline.window_numbers(step=5, batch_size=24, num_devices=1, num_updates=2)
+    assert whole.shape == (1, 2, 24)
+    assert whole.ravel().tolist() == list(range(5 * 24, 7 * 24))
+    parts = [input_pipeline.window_numbers(5, 24, 4, 2, process, 3) for process in range(3)]
+    assert {part.shape for part in parts} == {(4, 2, 2)}
+    for n in range(2):  # together the same windows as one process on one device, none twice
+        assert np.concatenate([part[:, n].ravel() for part in parts]).tolist() == whole[0, n].tolist()
+
+
+def test_processes_load_disjoint_windows(directory):
+    parts = [take(directory, 1, process_index=i, process_count=2)[0] for i in range(2)]
+    (whole,) = take(directory, 1)
+    assert_equal(jax.tree.map(lambda a, b: np.concatenate([a, b], axis=2), *parts), whole)
+
+
+def test_images_of_another_size_are_averaged_down(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8)
+    episode = make_episode(0, 1)
+    observation = episode.steps.observation.replace(rgb_static=image)
+    episode = rlds.Episode(episode.steps.replace(observation=observation), source="test")
+    rlds.write_dataset(tmp_path, "large", {"train": [episode]})
+    (read,) = input_pipeline.read_episodes(tmp_path)
+    mean = image.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert np.abs(read.observation.rgb_static[0] - mean).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"directory": "nowhere"}, "directory nowhere does not exist; check the path"),
+        ({"split": "test"}, "has no split 'test'; it has train, validation"),
+        ({"length": 21}, "window length 21 is longer than every episode; the longest has 20 steps"),
+        ({"batch_size": 5, "process_count": 2}, "batch_size=5 is not divisible by 2"),
+        ({"cache": "disk"}, "cache='disk' is not known; choose one of none, memory"),
+        ({"prefetch": 0}, "prefetch=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(directory, changes, message):
+    arguments = {"directory": directory, "split": "train", "batch_size": 4, "length": T, "seed": 0} | changes
+    with pytest.raises(ValueError, match=message):
+        input_pipeline.make_batches(**arguments)
+
+
+def test_half_written_and_foreign_directories_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no dataset"):
+        input_pipeline.read_episodes(tmp_path)
+    rlds.write_dataset(tmp_path, "half", {"train": [make_episode(0, 6)]})
+    (tmp_path / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match="half-written .*run the command that wrote it again"):
+        input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
+
+
+def test_an_error_while_loading_reaches_the_consumer(directory, monkeypatch):
+    def fail(*_):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(input_pipeline.MemoryStore, "window", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        take(directory, 1)

@@ -81,7 +81,7 @@ def _evaluate_latent_policy(workdir: str, stage: str, config, task: str) -> tabl
 def _evaluate_expert(config, task: str) -> tables.Row:
     environment = environments.make(config.environment)
     result = evaluation.rollout(
-        environment, environment.expert(), task, jax.random.key(config.evaluation.seed),
+        environment, evaluation.ScriptedPolicy(environment), task, jax.random.key(config.evaluation.seed),
         num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
     )  # fmt: skip
     return _row(config, task, "expert", result, None)

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import distrax
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ ROWS = 4000
 
 def make_settings(**changes):
     settings = {
-        "hidden_dim": 32,
+        "hidden_dim": 64,
         "num_blocks": 1,
         "time_dim": 16,
         "chunk": 4,
@@ -35,11 +34,11 @@ def make_settings(**changes):
         "learning_rate": 3e-3,
         "final_learning_rate": 1e-4,
         "warmup_steps": 10,
-        "decay_steps": 800,
+        "decay_steps": 1500,
         "weight_decay": 1e-6,
         "ema_decay": 0.98,
         "resample_latent": True,
-        "batch_size": 64,
+        "batch_size": 32,
     }
     return ml_collections.FrozenConfigDict({**settings, **changes})
 
@@ -58,10 +57,12 @@ def make_batch(batch_size=4):
 draw = jax.jit(functools.partial(diffusion_policy.sample, explore=True, settings=make_settings()))
 
 
+init = jax.jit(functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=make_settings()))
+
+
 @functools.cache
 def make_params(seed=0):
-    init = functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=make_settings())
-    return jax.jit(init)(jax.random.key(seed)).params
+    return init(jax.random.key(seed)).params
 
 
 def num_parameters(params):
@@ -118,24 +119,26 @@ def test_condition_equals_concatenation():
 
 
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
-    settings, batch = make_settings(hidden_dim=128), make_batch()
-    state = jax.jit(lambda rng: diffusion_policy.init(rng, STATE_DIM, settings))(jax.random.key(0))
-    update = jax.jit(functools.partial(diffusion_policy.update_from_bank, settings=settings))
-    losses = []
-    for i in range(700):
-        previous = state
-        state, metrics = update(state, batch, jax.random.key(i))
-        losses.append(metrics["bc_loss"])
+    settings, batch = make_settings(), make_batch()
+    state = init(jax.random.key(0))
+
+    def step(state, rng):
+        new, metrics = diffusion_policy.update_from_bank(state, batch, rng, settings=settings)
+        average = jax.tree.map(lambda old, now: 0.98 * old + 0.02 * now, state.ema_params, new.params)
+        gap = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), average, new.ema_params)
+        return new, (metrics["bc_loss"], jnp.stack(jax.tree.leaves(gap)).max())
+
+    state, (losses, gaps) = jax.jit(functools.partial(jax.lax.scan, step))(
+        state, jax.random.split(jax.random.key(1), 1500)
+    )
     assert np.mean(losses[-50:]) < 0.1 * np.mean(losses[:10])
     policy = PolicyParams(base=state.ema_params, finetuned=state.ema_params)
     act = jax.jit(functools.partial(diffusion_policy.act, settings=settings))
     chunk = act(policy, rssm.feature(batch.latent), jax.random.key(2))
     assert chunk.shape == (4, 4, 7) and jnp.abs(chunk).max() <= 1
     assert jnp.abs(chunk - batch.action).mean() < 0.1, "the sampler does not reproduce what was cloned"
-    # The average moves at every update.
-    average = jax.tree.map(lambda old, new: 0.98 * old + 0.02 * new, previous.ema_params, state.params)
-    chex.assert_trees_all_close(state.ema_params, average, atol=1e-6)
-    assert int(state.step) == 700
+    assert gaps.max() < 1e-6, "the average of the parameters does not move at every update"
+    assert int(state.step) == 1500
 
 
 def test_resampling_draws_from_the_stored_posterior():

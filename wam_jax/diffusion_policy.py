@@ -279,16 +279,16 @@ def log_prob(params: Params, conditioned: Array, chain: Array, *, settings: Any)
     Args:
       params: of the fine-tuned noise predictor.
       conditioned: [B, hidden], from `condition` with the same parameters.
-      chain: [B, F+1, C, A], from `sample` with `explore=True`.
+      chain: [..., B, F+1, C, A], from `sample` with `explore=True`; several chains may share their states.
       settings: see the module.
 
     Returns:
-      float32 [B, F], for steps F-1 ... 0.
+      float32 [..., B, F], for steps F-1 ... 0.
     """
-    normal = transition(
-        params, conditioned[:, None], chain[:, :-1], finetuned_steps(settings), explore=True, settings=settings
-    )
-    element = jnp.clip(normal.log_prob(chain[:, 1:]), LOG_PROB_MIN, LOG_PROB_MAX)
+    noisy, cleaner = chain[..., :-1, :, :], chain[..., 1:, :, :]
+    steps = finetuned_steps(settings)
+    normal = transition(params, conditioned[:, None], noisy, steps, explore=True, settings=settings)
+    element = jnp.clip(normal.log_prob(cleaner), LOG_PROB_MIN, LOG_PROB_MAX)
     return jnp.mean(element, axis=(-2, -1))
 
 

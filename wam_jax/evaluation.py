@@ -92,6 +92,29 @@ def start_latents(environment: Environment, policy: Policy, task: str, rng: Arra
     return policy.start(tasks, state, environment.observe(state), jax.random.fold_in(policy_rng, 0))
 
 
+class ScriptedPolicy:
+    """An environment's scripted expert as a policy: one action at a time, closed loop on the environment's state."""
+
+    def __init__(self, environment: Environment):
+        self._environment = environment
+
+    def start(self, task: Array, state: Any, observation: Observation, rng: Array) -> Any:
+        """Plans from the state."""
+        del observation
+        return self._environment.start_expert(rng, task, state)
+
+    def act(self, carry: Any, state: Any, rng: Array) -> tuple[Any, Array]:
+        """The next action, as a chunk of one."""
+        del rng
+        carry, action = self._environment.act_expert(carry, state)
+        return carry, action[:, None]
+
+    def observe(self, carry: Any, action: Array, observation: Observation, rng: Array) -> Any:
+        """Needs no observation."""
+        del action, observation, rng
+        return carry
+
+
 class LatentPolicy:
     """A diffusion policy on the filtered state of a world model: what BC and PPO train."""
 

@@ -84,27 +84,22 @@ def critic(settings: Any) -> Critic:
     return Critic(settings.critic_hidden_dim, settings.critic_num_blocks)
 
 
-def actor_optimizer(settings: Any) -> optax.GradientTransformation:
-    """AdamW at a constant learning rate, after clipping by the global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.actor_max_gradient_norm),
-        optax.adamw(settings.actor_learning_rate, weight_decay=settings.weight_decay),
-    )
-
-
-def critic_optimizer(settings: Any) -> optax.GradientTransformation:
-    """AdamW at a constant learning rate."""
-    return optax.adamw(settings.critic_learning_rate, weight_decay=settings.weight_decay)
+def optimizers(settings: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """AdamW at constant learning rates, for actor and critic; the actor's gradient is clipped by its global norm."""
+    actor = optax.adamw(settings.actor_learning_rate, weight_decay=settings.weight_decay)
+    actor = optax.chain(optax.clip_by_global_norm(settings.actor_max_gradient_norm), actor)
+    return actor, optax.adamw(settings.critic_learning_rate, weight_decay=settings.weight_decay)
 
 
 def init(rng: Array, base_policy_params: Params, state_dim: int, settings: Any) -> PPOState:
     """Fresh training state: the actor starts as a copy of the cloned policy, the critic is new."""
     actor = jax.tree.map(jnp.copy, base_policy_params)
     critic_params = critic(settings).init(rng, jnp.zeros((1, state_dim)))
+    actor_optimizer, critic_optimizer = optimizers(settings)
     return PPOState(
         params=ActorCritic(actor, critic_params),
-        actor_optimizer_state=actor_optimizer(settings).init(actor),
-        critic_optimizer_state=critic_optimizer(settings).init(critic_params),
+        actor_optimizer_state=actor_optimizer.init(actor),
+        critic_optimizer_state=critic_optimizer.init(critic_params),
         reward_scale=RewardScale(*jnp.array([0.0, 1e-4, 1e-4])),  # DPPO's prior: variance 1, seen 1e-4 times
         iteration=jnp.zeros((), jnp.int32),
     )
@@ -147,16 +142,15 @@ def gae(
     return advantage, advantage + value
 
 
-def global_sum(x: Array, axis_name: str | None) -> Array:
-    """Sums all elements on all devices."""
-    return pmean(jnp.sum(x), axis_name) * (1 if axis_name is None else lax.axis_size(axis_name))
-
-
 def valid_moments(x: Array, valid: Array, axis_name: str | None) -> tuple[Array, Array, Array]:
     """Mean, unbiased variance and number of the valid elements on all devices; 0, 0, 0 where there are none."""
-    count = global_sum(valid.astype(jnp.float32), axis_name)
-    mean = global_sum(jnp.where(valid, x, 0), axis_name) / jnp.maximum(count, 1)
-    squares = global_sum(jnp.where(valid, jnp.square(x - mean), 0), axis_name)
+
+    def total(x):
+        return pmean(jnp.sum(jnp.where(valid, x, 0.0)), axis_name) * (lax.axis_size(axis_name) if axis_name else 1)
+
+    count = total(jnp.ones_like(x))
+    mean = total(x) / jnp.maximum(count, 1)
+    squares = total(jnp.square(x - mean))
     return mean, squares / jnp.maximum(count - 1, 1), count
 
 
@@ -230,8 +224,8 @@ def loss(
         return jnp.sum(jnp.where(batch.valid, x, 0.0) * weight)
 
     conditioned = diffusion_policy.condition(params.actor, batch.feature, settings=policy_settings)
-    log_prob = diffusion_policy.log_prob(params.actor, conditioned, batch.chain, settings=policy_settings)
-    base_log_prob = diffusion_policy.log_prob(params.actor, conditioned, base_chain, settings=policy_settings)
+    chains = jnp.stack([batch.chain, base_chain])
+    log_prob, base_log_prob = diffusion_policy.log_prob(params.actor, conditioned, chains, settings=policy_settings)
     num_steps = batch.log_prob.shape[1]
     width = clip_width(settings, num_steps)
     advantage = batch.advantage[:, None] * settings.denoising_discount ** jnp.arange(num_steps - 1, -1, -1)
@@ -278,11 +272,12 @@ def _gradient_step(
         state.params, batch, base_chain, policy_settings=policy_settings, settings=settings, axis_name=axis_name
     )
     grads, metrics = pmean(grads, axis_name), pmean(metrics, axis_name)
+    actor_optimizer, critic_optimizer = optimizers(settings)
     old = (state.params.actor, state.actor_optimizer_state)
-    new = _apply(actor_optimizer(settings), grads.actor, *old)
+    new = _apply(actor_optimizer, grads.actor, *old)
     actor, actor_optimizer_state = _select(state.iteration >= settings.critic_warmup, new, old)
     critic_params, critic_optimizer_state = _apply(
-        critic_optimizer(settings), grads.critic, state.params.critic, state.critic_optimizer_state
+        critic_optimizer, grads.critic, state.params.critic, state.critic_optimizer_state
     )
     state = state.replace(
         params=ActorCritic(actor, critic_params),
@@ -342,7 +337,7 @@ def update(
     (state, _), (metrics, counted) = lax.scan(body, (state, jnp.zeros((), bool)), (rows, keys))
     first = {"first_approx_kl": metrics["approx_kl"][0], "first_ratio_error": metrics["ratio_error"][0]}
     averaged = {name: jnp.sum(jnp.where(counted, x, 0)) / jnp.sum(counted) for name, x in metrics.items()}
-    return state, {**averaged, **first, "gradient_steps": jnp.sum(counted)}
+    return state, {**averaged, **first, "gradient_steps": jnp.sum(counted, dtype=jnp.float32)}
 
 
 def prepare(

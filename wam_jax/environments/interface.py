@@ -40,3 +40,11 @@ class Environment(Protocol):
           the state after the chunk, and the observation after each action, [B, C, ...].
         """
         ...
+
+    def start_expert(self, rng: Array, task: Array, state: State) -> State:
+        """Plans a scripted expert's attempt at task [B] in each episode; returns what `act_expert` carries along."""
+        ...
+
+    def act_expert(self, expert: State, state: State) -> tuple[State, Array]:
+        """The expert's next action in each episode, float32 [B, 7]; it may read the environment's state."""
+        ...

@@ -41,7 +41,8 @@ class PatchHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = nn.elu(dense(GRID * GRID * self.patch_dim, self.dtype)(nn.elu(x)))
-        x = x.reshape(-1, GRID * GRID, self.patch_dim)
+        # Two axes only: with three, XLA's weight gradient on a CPU takes three times as long (65 to 22 ms of a step).
+        x = x.reshape(-1, self.patch_dim)
         return from_patches(dense(PATCH_PIXELS, self.dtype)(x).astype(jnp.float32))
 
 

@@ -1,8 +1,9 @@
 """Noise predictor of the diffusion policy, and the critic: residual MLPs of DPPO (Ren et al. 2024).
 
-DPPO feeds the predictor concat[chunk, time embedding, state]. The state rows hold two thirds of its multiplications and
-depend on neither the chunk nor the step, so here they are a layer of their own: `condition` is computed once a decision
-and every denoising step adds it. The function, the parameter count and the initial scale are those of the concatenation.
+DPPO feeds the predictor concat[chunk, time embedding, state]. The state rows hold two thirds of its multiplications
+and depend on neither the chunk nor the step, so here they are a layer of their own: `condition` is computed once a
+decision and every denoising step adds it. The function, the parameter count and the initial scale stay those of the
+concatenation.
 
 Kernels start as PyTorch's linear layers do, uniform in +-1/sqrt(inputs); biases start at zero (PyTorch: the same
 uniform).
@@ -31,6 +32,13 @@ def _uniform(inputs: int | None = None) -> nn.initializers.Initializer:
     return init
 
 
+def mish(x: Array) -> Array:
+    """x tanh(softplus(x)) (Misra 2019) by one exponential: with n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2)."""
+    exponential = jnp.exp(jnp.minimum(x, 20.0))  # above, the quotient is 1 in float32
+    numerator = exponential * (exponential + 2)
+    return x * numerator / (numerator + 2)
+
+
 def time_embedding(step: Array, dim: int) -> Array:
     """Sines, then cosines of a denoising step at geometric frequencies (Vaswani et al. 2017).
 
@@ -55,8 +63,8 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = x.shape[-1]
-        hidden = nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(jax.nn.mish(x))
-        return x + nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(jax.nn.mish(hidden))
+        hidden = nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(mish(x))
+        return x + nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(mish(hidden))
 
 
 class Denoiser(nn.Module):
@@ -94,10 +102,13 @@ class Denoiser(nn.Module):
           float32 [..., C, A].
         """
         leading = noisy_chunk.shape[:-2]
-        time = self.time_out(jax.nn.mish(self.time_hidden(time_embedding(step, self.time_dim))))
+        time = self.time_out(mish(self.time_hidden(time_embedding(step, self.time_dim))))
         time = jnp.broadcast_to(time, (*leading, self.time_dim))
         chunk_and_time = jnp.concatenate([noisy_chunk.reshape(*leading, -1), time], axis=-1)
-        hidden = self.chunk_in(chunk_and_time) + condition
+        condition = jnp.broadcast_to(condition, (*leading, self.hidden_dim))
+        # Two axes only: with more, XLA's weight gradients on a CPU take several times as long.
+        hidden = self.chunk_in(chunk_and_time.reshape(-1, chunk_and_time.shape[-1]))
+        hidden = hidden + condition.reshape(-1, self.hidden_dim)
         for block in self.blocks:
             hidden = block(hidden)
         return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)

@@ -59,8 +59,8 @@ class PatchCamera(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array) -> Array:
-        x = nn.elu(dense(self.patch_dim, self.dtype)(to_patches(image).astype(self.dtype)))
-        return x.reshape(x.shape[0], -1)
+        patches = to_patches(image).reshape(-1, PATCH_PIXELS)  # two axes, see decoder.PatchHead
+        return nn.elu(dense(self.patch_dim, self.dtype)(patches.astype(self.dtype))).reshape(image.shape[0], -1)
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,7 @@ The hand is a set of spheres, everything else a set of boxes. The motion is quas
 hand moves a little towards its target, then overlaps are taken back one after another, the deepest first: by the
 touched part, where its joint allows it, else by the hand. A part without contact stays where it is (the doors have
 friction); only the button has a spring. A bar that both closed fingers press on from two sides is held until the
-fingers open: it goes where the hand goes along its joint, and the hand cannot leave the joint's line.
+fingers open: it goes where the hand goes along its joint, and the hand can neither leave the joint's line nor turn.
 
 Positions are in metres of the world frame, angles in radians, time in control steps of 1/30 s.
 """
@@ -24,6 +24,8 @@ FOLLOW = 0.6  # share of the distance to its target that the hand covers in a st
 MAX_SPEED = 0.036  # m per step
 MAX_TURN = 0.12  # rad per step, about each axis
 OPENING_SPEED = 0.01  # m per step: eight steps from open to closed
+MAX_OVERLAP = 0.0015  # m that may be left after a substep
+MAX_PUSH = 0.012  # m that contacts may push the hand in a substep
 BUTTON_SPRING = 0.01  # m per step that a free button rises
 _MIN_LEVER = 0.5  # a contact moves a joint if the cosine between its normal and the joint's axis is larger
 _PINCH = 0.6  # cosine between a finger's contact normal and the finger axis above which the finger presses
@@ -94,7 +96,7 @@ def step(state: State, action: Array) -> State:
         target_euler=state.target_euler + specs.EULER_SCALE * action[3:6],
         gripper_command=jnp.where(action[6] > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE),
     )
-    state = jax.lax.fori_loop(0, SUBSTEPS, lambda _, s: _substep(s), state)
+    state, _ = jax.lax.fori_loop(0, SUBSTEPS, lambda _, carry: _substep(*carry), (state, _deepest(state)))
     return _lights(state)
 
 
@@ -109,7 +111,8 @@ def _lights(state: State) -> State:
     )
 
 
-def _substep(state: State) -> State:
+def _substep(state: State, depth: Array) -> tuple[State, Array]:
+    """Moves everything by one substep; `depth` is the deepest overlap before it and, in what it returns, after it."""
     state = state.replace(held=jnp.where(state.gripper_command > 0, _NOT_HELD, state.held))
     moved = _move_hand(state)
     moved = moved.replace(opening=_next_opening(state))
@@ -117,13 +120,22 @@ def _substep(state: State) -> State:
     moved = moved.replace(joints=jnp.maximum(moved.joints - spring, 0.0))
     moved = _pinch(moved)
     free = jax.lax.fori_loop(0, CONTACT_ROUNDS, lambda _, s: _resolve_deepest(s), moved)
-    # A hand that holds a bar and is pushed off its joint's line by something else stays where it was instead.
-    stuck = (moved.held >= 0) & (jnp.max(jnp.abs(free.position - moved.position)) > 1e-4)
-    return jax.tree.map(lambda old, new: jnp.where(stuck, old, new), state, free)
+    # Where overlaps cannot be taken back the hand is jammed (turned into a corner, say, or holding a bar and pushed off
+    # its joint's line by something else): nothing moves in this substep.
+    new_depth = _deepest(free)
+    pushed = jnp.linalg.norm(free.position - moved.position)
+    most = jnp.where(state.held >= 0, 1e-4, jnp.maximum(MAX_PUSH, 3 * depth))
+    jammed = (new_depth > jnp.maximum(depth, MAX_OVERLAP)) | (pushed > most)
+    after = jax.tree.map(lambda old, new: jnp.where(jammed, old, new), state, free)
+    return after, jnp.where(jammed, depth, new_depth)
+
+
+def _deepest(state: State) -> Array:
+    return jnp.max(_contact_table(state, 0, len(_RADII))[0])
 
 
 def _move_hand(state: State) -> State:
-    """Moves the hand towards its target; with a bar in it only along the bar's joint, and the bar with it."""
+    """Moves the hand towards its target; if it holds a bar, only along the bar's joint and with the bar."""
     share = 1 - (1 - FOLLOW) ** (1 / SUBSTEPS)
     goal = jnp.clip(state.target_position, geometry.POSITION_LOW, geometry.POSITION_HIGH)
     shift = share * (goal - state.position)
@@ -135,7 +147,7 @@ def _move_hand(state: State) -> State:
     along = geometry.JOINT_AXES @ shift
     joints = jnp.where(is_held, jnp.clip(state.joints + along, 0, geometry.JOINT_LIMITS), state.joints)
     held_shift = (joints - state.joints) @ geometry.JOINT_AXES
-    shift = jnp.where(state.held >= 0, held_shift, shift)
+    shift, turn = jnp.where(state.held >= 0, held_shift, shift), jnp.where(state.held >= 0, 0.0, turn)
     return state.replace(position=state.position + shift, euler=state.euler + turn, joints=joints)
 
 
@@ -206,7 +218,7 @@ def _contact_table(state: State, first: int, last: int) -> tuple[Array, Array]:
     depth, normal = _overlap(spheres, radii, centers, rotations, geometry.BOX_HALF_SIZE)
     axis = [sum(finger_axis[i] * rotations[:, i, j] for i in range(3)) for j in range(3)]
     lean = sum(n * a for n, a in zip(normal, axis, strict=True))
-    own = (geometry.BOX_BODY == state.held) & (state.held >= 0)
+    own = (state.held == geometry.BOX_BODY) & (state.held >= 0)
     return jnp.where(own, -1.0, depth), lean
 
 

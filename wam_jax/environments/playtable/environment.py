@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from wam_jax import specs
-from wam_jax.environments.playtable import dynamics, rendering, starts
+from wam_jax.environments.playtable import dynamics, experts, rendering, starts
 from wam_jax.environments.playtable.dynamics import State
 from wam_jax.types import Array, Observation
 
@@ -28,6 +28,8 @@ def step_chunk(state: State, actions: Array) -> tuple[State, Observation]:
 _reset_to_task = jax.jit(jax.vmap(starts.reset_to_task))
 _observe = jax.jit(jax.vmap(observe))
 _step_chunk = jax.jit(jax.vmap(step_chunk))
+_start_expert = jax.jit(jax.vmap(experts.start))
+_act_expert = jax.jit(jax.vmap(experts.act))
 
 
 class Playtable:
@@ -59,3 +61,11 @@ class Playtable:
         if actions.ndim != 3 or actions.shape[-1] != specs.ACTION_DIM:
             raise ValueError(f"actions must be [B, C, {specs.ACTION_DIM}], got {actions.shape}")
         return _step_chunk(state, actions)
+
+    def start_expert(self, rng: Array, task: Array, state: State) -> experts.Expert:
+        """See `interface.Environment`."""
+        return _start_expert(jax.random.split(rng, task.shape[0]), task, state)
+
+    def act_expert(self, expert: experts.Expert, state: State) -> tuple[experts.Expert, Array]:
+        """See `interface.Environment`."""
+        return _act_expert(expert, state)

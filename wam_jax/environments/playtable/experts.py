@@ -97,7 +97,7 @@ def follow(plan: Plan, progress: Progress, state: State) -> tuple[Array, Progres
 
     Args:
       plan, progress: what to do and how far it is done.
-      state: one table; the follower closes its loop over the target, and over the measured hand where a waypoint says so.
+      state: one table; its target closes the follower's loop, and its measured hand where a waypoint says so.
 
     Returns:
       action float32 [7], and the progress after it.
@@ -168,8 +168,10 @@ def _stack(waypoints: list[dict], speed: Array) -> Plan:
 
 
 def _leave(state: State, euler: Array) -> list[dict]:
-    """Up out of the drawer, then up and away from the panel, turning on the way; starts from the target, which may be
-    wound up, not from the measured hand."""
+    """Up out of the drawer, then up and away from the panel, turning on the way.
+
+    Starts from the target, which may be wound up, not from the measured hand.
+    """
     x, y, z = (state.target_position[i] for i in range(3))
     is_low = z < 0.42
     up = waypoint(x, y, jnp.where(is_low, 0.50, z), state.target_euler, tolerance=0.03, measured=False)

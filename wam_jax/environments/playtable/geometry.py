@@ -49,8 +49,8 @@ CAVITY = Box(STATIC, (-0.36, -1.0, 0.44), (0.16, 0.16, 0.628))
 # World frame.
 TABLE_TOP = Box(STATIC, (-0.44, -0.18, 0.40), (0.44, 0.18, TABLE_HEIGHT))
 TABLE_BASE = Box(STATIC, (-0.42, -0.155, 0.0), (0.42, 0.18, 0.40))
-LED_LAMP = Box(STATIC, (-0.24, 0.13, 0.648), (0.0, 0.18, 0.70))
-BULB_CENTER, BULB_RADIUS = (0.30, 0.16, 0.705), 0.06
+LED_LAMP = Box(STATIC, (-0.17, 0.13, 0.648), (0.08, 0.18, 0.71))
+BULB_CENTER, BULB_RADIUS = (0.19, 0.16, 0.705), 0.06
 DRAWER_FRONT = Box(DRAWER, (-0.04, -0.182, 0.30), (0.40, -0.157, 0.40))
 DRAWER_TRAY = Box(DRAWER, (-0.02, -0.157, 0.33), (0.38, 0.06, 0.40))  # the hollow of the drawer
 DRAWER_BAR = Box(DRAWER, (0.059, -0.261, 0.34), (0.301, -0.238, 0.38))
@@ -78,7 +78,7 @@ _COLLISION_WORLD = (
     TABLE_TOP,
     TABLE_BASE,
     LED_LAMP,
-    Box(STATIC, (0.24, 0.12, 0.648), (0.36, 0.20, 0.765)),  # bulb
+    Box(STATIC, (0.13, 0.12, 0.648), (0.25, 0.20, 0.765)),  # bulb
     Box(STATIC, (-0.44, 0.16, 0.44), (0.44, 0.18, 0.648)),  # back of the cabinet
     DRAWER_FRONT,
     DRAWER_BAR,
@@ -120,6 +120,6 @@ PALM_SPHERES = np.array(  # x, y, z, radius
      [0, 0, -0.17, 0.045]],
     np.float32,
 )  # fmt: skip
-FINGER_BOX = ((-0.009, 0.0, -0.065), (0.009, 0.016, 0.008))  # of the +y finger, its inner face at y = opening / 2
+FINGER_BOX = ((-0.009, 0.0, -0.1), (0.009, 0.016, 0.008))  # of the +y finger, its inner face at y = opening / 2
 PALM_BOX = ((-0.03, -0.1, -0.125), (0.03, 0.1, -0.065))
-WRIST_BOX = ((-0.045, -0.045, -0.32), (0.045, 0.045, -0.125))
+WRIST_BOX = ((-0.04, -0.04, -0.26), (0.04, 0.04, -0.125))

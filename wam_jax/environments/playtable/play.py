@@ -26,7 +26,7 @@ _FREE = -1  # label of steps without an attempt
 
 # How an attempt is disturbed, and how often.
 _CLEAN, _OFFSET, _SHORT, _BROKEN_OFF, _GRIPPER = range(5)
-_KIND_CHOICE = (0.42, 0.67, 0.81, 0.88)  # cumulative
+_KIND_CHOICE = (0.40, 0.66, 0.82, 0.92)  # cumulative
 _GRIPPER_SHIFTS = np.array([-2, -1, 0, 0, 1, 2])  # waypoints by which the fingers are late or early, 0: reversed
 
 _FREE_SHARE = 0.6  # of attempts that free motion follows
@@ -43,7 +43,7 @@ _ATTEMPT_DRAWS = dict(task=(8,), kind=(), steps=(), plan=(experts.PLAN_DRAWS,), 
 _FREE_DRAWS = dict(near=(), pose=(_W, 6), flip=(_W,), wait=(_W,), count=(), speed=(), noisy=())
 _DRAWS = dict(to_free=(), **_ATTEMPT_DRAWS, **_FREE_DRAWS)
 
-# An attempt is labelled if its joint, by index into scene_obs, is within this range: the oracle can then find it solved.
+# An attempt is labelled if its entry of scene_obs is within this range: the oracle can then find it solved.
 _LABEL_INDEX = np.array([specs.DRAWER] * 2 + [specs.SLIDER] * 2 + [specs.LIGHTBULB] * 2 + [specs.LED] * 2)
 _LABEL_LOW = np.array([-1, 0.15, -1, 0.185, -1, 0.5, -1, 0.5], np.float32)
 _LABEL_HIGH = np.array([0.07, 1, 0.095, 1, 0.5, 2, 0.5, 2], np.float32)
@@ -146,7 +146,9 @@ def _demonstrate_episode(rng: Array, task: Array) -> StepBatch:
         action = _with_noise(action, ACTION_NOISE * noise)
         reward = _reward(task, scene, state)
         since_success = jnp.where((since_success > 0) | (reward > 0), since_success + 1, 0)
-        is_last = (since_success == STEPS_AFTER_SUCCESS + 1) | ((t == horizon - 1) & (since_success <= STEPS_AFTER_SUCCESS))
+        is_last = (since_success == STEPS_AFTER_SUCCESS + 1) | (
+            (t == horizon - 1) & (since_success <= STEPS_AFTER_SUCCESS)
+        )
         row = StepBatch(observe(state), action, t == 0, is_last, task, reward)
         return (dynamics.step(state, action), expert, since_success), row
 
@@ -218,8 +220,8 @@ def _disturb(draw: dict, plan: Plan, kind: Array) -> Plan:
     in_task = jnp.arange(_W) >= experts.RETREATS
     before = jnp.roll(plan.position, 1, axis=0)
     pushes = (in_task & ~plan.measured & (kind == _SHORT))[:, None]
-    share = draws.between(0.15, 0.6, draw["push"])
-    position = jnp.where(pushes, before + share * (plan.position - before), plan.position)
+    missing = draws.between(0.4, 0.85, draw["push"]) * (plan.position - before)
+    position = plan.position - jnp.cumsum(jnp.where(pushes, missing, 0.0), axis=0)
     offset = jnp.where(kind == _OFFSET, _offset(draw["offset"]), 0.0)
     gripper = jnp.where(in_task & (kind == _GRIPPER), _wrong_gripper(draw["shift"], plan.gripper), plan.gripper)
     return plan.replace(position=position + in_task[:, None] * offset, gripper=gripper)
@@ -227,7 +229,7 @@ def _disturb(draw: dict, plan: Plan, kind: Array) -> Plan:
 
 def _offset(draw: Array) -> Array:
     """2 to 4.5 cm to the side, and up to 4 cm up: [3]."""
-    angle, size = draws.between(0.0, 2 * np.pi, draw[0]), draws.between(0.02, 0.045, draw[1])
+    angle, size = draws.between(0.0, 2 * np.pi, draw[0]), draws.between(0.022, 0.045, draw[1])
     return jnp.stack([size * jnp.cos(angle), size * jnp.sin(angle), draws.between(-0.01, 0.04, draw[2])])
 
 

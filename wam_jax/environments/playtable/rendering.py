@@ -1,8 +1,8 @@
 """Both cameras by analytic ray casting: every pixel's ray meets every box in closed form, the nearest hit is shown.
 
 A box costs one slab test in the frame it is aligned with (Kay and Kajiya 1986). The nearest distance, shade and colour
-are carried through the list of boxes as arrays over pixels, so that a compiler fuses the whole picture into one loop and
-no array has both a box and a pixel axis.
+are carried through the list of boxes as arrays over pixels, so that a compiler fuses the whole picture into one loop
+and no array has both a box and a pixel axis.
 """
 
 from typing import NamedTuple
@@ -16,15 +16,16 @@ from wam_jax.environments.playtable import geometry
 from wam_jax.environments.playtable.dynamics import State
 from wam_jax.types import Array
 
-_STATIC_EYE = np.array([0.50, -1.62, 1.28])
-_STATIC_TARGET = np.array([0.01, -0.115, 0.50])
-_STATIC_FOV = 29.0  # degrees
+_STATIC_EYE = np.array([0.42, -1.50, 1.42])
+_STATIC_TARGET = np.array([0.035, -0.13, 0.50])
+_STATIC_FOV = 26.5  # degrees
 _GRIPPER_EYE = np.array([-0.07, 0.0, -0.135])  # in the tool frame, behind the hand's -x side
 _GRIPPER_FOV = 75.0
 _FAR = 1e3
+_SHADOW_RADIUS = 0.05  # m
 
 _LIGHT = np.array([0.25, -0.55, 0.8]) / np.linalg.norm([0.25, -0.55, 0.8])
-_AMBIENT = 0.55
+_AMBIENT = 0.6
 
 # 0xBBGGRR: the low byte comes first when a pixel is read as bytes.
 _SKY = (214, 222, 232)
@@ -33,7 +34,7 @@ _TABLE, _BASE, _CABINET, _CAVITY = (205, 160, 108), (120, 92, 70), (164, 116, 74
 _DOOR, _DRAWER, _TRAY = (226, 190, 140), (222, 182, 128), (150, 112, 76)
 _HANDLE, _BUTTON = (52, 54, 62), (30, 30, 34)
 _BLOCKS = ((214, 40, 40), (36, 70, 220), (236, 60, 200))
-_FINGER, _PALM, _WRIST = (240, 244, 250), (88, 128, 150), (225, 228, 232)
+_FINGER, _PALM, _WRIST = (255, 255, 255), (88, 128, 150), (225, 228, 232)
 _BULB = ((84, 84, 96), (255, 236, 40))  # off, on
 _LED = ((34, 62, 46), (60, 255, 80))
 
@@ -75,7 +76,7 @@ def _look_at(eye: np.ndarray, target: np.ndarray, up: np.ndarray, fov: float) ->
 
 
 _STATIC_RAYS = _look_at(_STATIC_EYE, _STATIC_TARGET, np.array([0.0, 0.0, 1.0]), _STATIC_FOV)
-_GRIPPER_RAYS = _look_at(_GRIPPER_EYE, _GRIPPER_EYE + [0.012, 0.0, 0.1], np.array([1.0, 0.0, 0.0]), _GRIPPER_FOV)
+_GRIPPER_RAYS = _look_at(_GRIPPER_EYE, _GRIPPER_EYE + [0.03, 0.0, 0.1], np.array([1.0, 0.0, 0.0]), _GRIPPER_FOV)
 
 
 def _shade(normal) -> float:
@@ -187,11 +188,10 @@ def _moved(box: geometry.Box, axis: int, distance):
 
 def _world(hit: _Hit, rays: _Rays, panel: _Rays, state: State) -> _Hit:
     """The furniture, the button and the lamps."""
-    slider, drawer, button, switch = (state.joints[i] for i in range(4))
-    del slider, switch
+    drawer, button = state.joints[geometry.DRAWER], state.joints[geometry.BUTTON]
     front = (-panel.offset[2], _shade(geometry.PANEL_AXES[2]))
     hit = _box(hit, rays, geometry.TABLE_BASE.low, geometry.TABLE_BASE.high, _BASE)
-    hit = _box(hit, rays, geometry.TABLE_TOP.low, geometry.TABLE_TOP.high, _TABLE)
+    hit = _table_top(hit, rays, state)
     cavity = (geometry.CAVITY.low, geometry.CAVITY.high)
     hit = _hollow_box(hit, rays, geometry.CABINET[1:], cavity, (_CABINET, _CAVITY), front)
     bulb = jnp.where(state.lightbulb > 0.5, _pack(_BULB[1]), _pack(_BULB[0]))
@@ -206,6 +206,16 @@ def _world(hit: _Hit, rays: _Rays, panel: _Rays, state: State) -> _Hit:
     for box in (geometry.DRAWER_BAR, *geometry.DRAWER_POSTS):
         hit = _box(hit, rays, *_moved(box, 1, -drawer), _HANDLE)
     return hit
+
+
+def _table_top(hit: _Hit, rays: _Rays, state: State) -> _Hit:
+    """The table's top with a soft shadow straight under the fingertips, which shows how high they are."""
+    enter, leave = _slab(rays, geometry.TABLE_TOP.low, geometry.TABLE_TOP.high)
+    near, far = _max3(enter), _min3(leave)
+    x, y = (rays.origin[i] + near * rays.direction[i] - state.position[i] for i in range(2))
+    shadow = 0.3 * jnp.maximum(0.0, 1 - (x * x + y * y) / _SHADOW_RADIUS**2)
+    closer = (near < far) & (near > 0) & (near < hit.distance)
+    return _keep(hit, closer, near, _face_shade(rays, enter, near) * (1 - shadow), _pack(_TABLE))
 
 
 def _led(hit: _Hit, rays: _Rays, state: State) -> _Hit:
@@ -238,6 +248,7 @@ def _blocks(hit: _Hit, eye, direction, state: State) -> _Hit:
 
 
 def _fingers(hit: _Hit, rays: _Rays, opening) -> _Hit:
+    """The two fingers; rays in the tool frame."""
     low, high = geometry.FINGER_BOX
     half = opening / 2
     hit = _box(hit, rays, [low[0], low[1] + half, low[2]], [high[0], high[1] + half, high[2]], _FINGER)
@@ -269,8 +280,7 @@ def render_static(state: State) -> Array:
     rays = _rays([[axes[i, j] for j in range(3)] for i in range(3)], state.position, eye, direction)
     hit = _fingers(hit, rays, state.opening)
     hit = _box(hit, rays, *geometry.PALM_BOX, _PALM)
-    hit = _box(hit, rays, *geometry.WRIST_BOX, _WRIST)
-    return _picture(hit)
+    return _picture(_box(hit, rays, *geometry.WRIST_BOX, _WRIST))
 
 
 def render_gripper(state: State) -> Array:

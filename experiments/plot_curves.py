@@ -1,0 +1,53 @@
+"""Draws the learning curves of a run: world model, policies, classifiers and PPO.
+
+python -m experiments.plot_curves --workdir=runs/quickstart [--output=curves.png]
+"""
+
+import os
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from absl import app, flags
+
+from wam_jax import metrics, specs
+
+_WORKDIRS = flags.DEFINE_list("workdir", None, "Folders of runs, comma separated; each is a line", required=True)
+_OUTPUT = flags.DEFINE_string("output", "", "Picture to write; default: curves.png in the first workdir")
+_WORLD_MODEL = ("reconstruction", "kl", "inverse_dynamics", "open_loop_proprioception")
+
+
+def main(argv) -> None:
+    """Writes one picture with a panel for each curve."""
+    del argv
+    workdirs = _WORKDIRS.value
+    for workdir in workdirs:
+        if not metrics.read(workdir, "world_model"):
+            sys.exit(f"error: {workdir}/metrics.jsonl has no rows of the world model; train it first")
+    figure, axes = plt.subplots(3, 4, figsize=(16, 9), constrained_layout=True)
+    for axis, name in zip(axes[0], _WORLD_MODEL, strict=True):
+        for workdir in workdirs:
+            _line(axis, metrics.read(workdir, "world_model"), name, os.path.basename(os.path.normpath(workdir)))
+        axis.set(title=f"world model: {name.replace('_', ' ')}", xlabel="update", yscale="log")
+    axes[0, 0].legend(fontsize=8)
+    for axis, task in zip(axes[1:].ravel(), specs.TASKS, strict=True):
+        for workdir in workdirs:
+            name = os.path.basename(os.path.normpath(workdir))
+            _line(axis, metrics.read(workdir, f"ppo/{task}"), "imagined_success", name)
+        axis.set(title=f"PPO: {task.replace('_', ' ')}", xlabel="iteration", ylabel="imagined success", ylim=(0, 1.02))
+    path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
+    figure.savefig(path + ".tmp", format="png", dpi=90)
+    os.replace(path + ".tmp", path)
+    print(f"written to {path}")
+
+
+def _line(axis, rows: list[dict], name: str, label: str) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
+
+
+if __name__ == "__main__":
+    app.run(main)

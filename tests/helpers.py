@@ -1,0 +1,135 @@
+"""Tiny settings, made-up steps and sampling without noise, shared by the tests."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments.configs import quickstart
+from wam_jax import specs, world_model
+from wam_jax.types import LatentState, Observation, StepBatch
+
+jax.config.update("jax_disable_most_optimizations", True)  # the tests compile far longer than they compute
+
+ROOT = Path(__file__).resolve().parent.parent
+B, T = 4, 8
+WORLD_MODEL = dict(
+    encoder_width=4,
+    fused_dim=16,
+    deterministic_dim=16,
+    num_latents=4,
+    num_classes=4,
+    rssm_hidden_dim=16,
+    decoder_width=4,
+    decoder_dim=16,
+    inverse_dynamics_dims=(16, 16),
+    proprioception_dims=(16,),
+    open_loop_steps=4,
+    batch_size=B,
+    window_length=T,
+    num_steps=4,
+    updates_per_call=2,
+    save_every=2,
+)
+POLICY = dict(
+    hidden_dim=16, denoising_steps=4, finetuned_steps=2, warmup_steps=1, batch_size=8, num_steps=4, updates_per_call=2,
+    save_every=2,
+)  # fmt: skip
+REWARD = dict(
+    embedding_dims=(16, 16), classification_dims=(16,), consecutive=1, batch_size=16, num_steps=4, updates_per_call=2,
+    save_every=2,
+)  # fmt: skip
+PPO = dict(
+    num_iterations=4, num_rollouts=8, horizon=3, epochs=2, critic_hidden_dim=16, updates_per_call=2, save_every=2
+)
+
+
+def make_config(method: str = "wam", **world_model_changes) -> ConfigDict:
+    """The quickstart with networks of a few units, still to be frozen."""
+    config = quickstart.get_config(method)
+    config.world_model.update(WORLD_MODEL | world_model_changes)
+    config.policy.update(POLICY)
+    config.reward.update(REWARD)
+    config.ppo.update(PPO)
+    return config
+
+
+def make_model(method: str = "wam", **world_model_changes) -> world_model.WorldModel:
+    return world_model.build(FrozenConfigDict(make_config(method, **world_model_changes).world_model))
+
+
+def freeze(settings: ConfigDict, **changes) -> FrozenConfigDict:
+    """A stage's settings as the binaries hand them on, with derived values."""
+    return FrozenConfigDict({**settings.to_dict(), **changes})
+
+
+@functools.cache
+def make_state(model: world_model.WorldModel) -> world_model.WorldModelState:
+    """The state before the first update, on the host."""
+    return jax.device_get(jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0)))
+
+
+def make_steps(seed: int = 0, shape: tuple[int, ...] = (B, T)) -> StepBatch:
+    """Steps in which the hand moves by the actions, so that the actions can be read off; images of one colour each."""
+    rng = np.random.default_rng(seed)
+    action = rng.uniform(-1, 1, (*shape, specs.ACTION_DIM)).astype(np.float32)
+    action[..., -1] = np.where(action[..., -1] > 0, 1, -1)
+    robot_obs = np.zeros((*shape, specs.ROBOT_OBS_DIM), np.float32)
+    robot_obs[..., 1:, :6] = 0.1 * np.cumsum(action[..., :-1, :6], axis=-2)
+    robot_obs[..., 1:, 14] = action[..., :-1, 6]
+    colour = rng.integers(0, 256, (2, *shape, 1, 1, 3), np.uint8)
+    static, gripper = np.broadcast_to(colour, (2, *shape, specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3)).copy()
+    position = np.broadcast_to(np.arange(shape[-1]), shape)
+    scene_obs = np.zeros((*shape, specs.SCENE_OBS_DIM), np.float32)
+    return StepBatch(
+        observation=Observation(static, gripper, robot_obs, scene_obs),
+        action=action,
+        is_first=position == 0,
+        is_last=position == shape[-1] - 1,
+        task=np.full(shape, -1, np.int32),
+        reward=np.zeros(shape, np.float32),
+    )
+
+
+def make_latents(seed: int, shape: tuple[int, ...], settings) -> LatentState:
+    """Made-up states of the RSSM, numpy."""
+    rng = np.random.default_rng(seed)
+    latent_shape = (*shape, settings.num_latents, settings.num_classes)
+    logits = rng.normal(size=latent_shape).astype(np.float32)
+    stochastic = (logits == logits.max(axis=-1, keepdims=True)).astype(np.float32)
+    return LatentState(rng.normal(size=(*shape, settings.deterministic_dim)).astype(np.float32), logits, stochastic)
+
+
+def sample_mode(logits, rng):
+    """Stands in for `sample_stochastic` where noise would be in the way: the likeliest class, straight-through."""
+    del rng
+    probability = jax.nn.softmax(logits)
+    mode = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return mode + probability - jax.lax.stop_gradient(probability)
+
+
+def assert_equal(a, b):
+    """The same, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def run_python(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python in the project's root, and returns what it printed and how it ended."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,287 @@
+"""Rollouts count what the oracle sees, and evaluate the policy that training saved."""
+
+import functools
+from unittest import mock
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from experiments import evaluate, finetune_policy, train_policy, train_reward, train_world_model
+from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, training, world_model
+from wam_jax.checkpoints import Checkpointer
+from wam_jax.diffusion_policy import PolicyParams
+from wam_jax.types import Observation
+
+TASK = "open_drawer"  # solved once the drawer has moved more than 0.12 m
+CONFIG = FrozenConfigDict(helpers.make_config())
+RNG = jax.random.key(7)
+
+
+class Drawer:
+    """A table on which only the drawer moves, by a tenth of an action's first entry."""
+
+    name = "drawer"
+
+    def reset_to_task(self, rng, task):
+        return jax.random.uniform(rng, task.shape, maxval=0.05)
+
+    def observe(self, state):
+        image = jnp.broadcast_to(jnp.uint8(1000 * state)[..., None, None, None], (*state.shape, 64, 64, 3))
+        scene_obs = jnp.zeros((*state.shape, specs.SCENE_OBS_DIM)).at[..., specs.DRAWER].set(state)
+        return Observation(image, image, jnp.zeros((*state.shape, specs.ROBOT_OBS_DIM)), scene_obs)
+
+    def step_chunk(self, state, actions):
+        positions = state[:, None] + 0.1 * jnp.cumsum(actions[..., 0], axis=1)
+        return positions[:, -1], self.observe(positions)
+
+
+class Script:
+    """Moves each episode's drawer by given speeds, [B, steps], and notes what it is told."""
+
+    def __init__(self, speeds, chunk=4):
+        self.speeds, self.chunk = np.asarray(speeds, np.float32), chunk
+        self.starts, self.observed, self.keys = [], [], []
+
+    def start(self, task, state, observation, rng):
+        self.starts.append((np.asarray(task), np.asarray(state), np.asarray(observation.scene_obs[:, specs.DRAWER])))
+        return 0
+
+    def act(self, carry, state, rng):
+        self.keys.append(jax.random.key_data(rng).tolist())
+        actions = np.zeros((len(self.speeds), self.chunk, specs.ACTION_DIM), np.float32)
+        actions[..., 0] = self.speeds[:, carry : carry + self.chunk]
+        return carry, jnp.asarray(actions)
+
+    def observe(self, carry, action, observation, rng):
+        assert observation.scene_obs.shape == (len(self.speeds), self.chunk, specs.SCENE_OBS_DIM)
+        self.observed.append((np.asarray(action[..., 0]), np.asarray(observation.scene_obs[..., specs.DRAWER])))
+        return carry + self.chunk
+
+
+def constant(*speeds):
+    return np.repeat(np.float32(speeds)[:, None], 40, axis=1)
+
+
+def run(policy, *, max_steps=12, task=TASK, rng=RNG):
+    return evaluation.rollout(Drawer(), policy, task, rng, num_episodes=len(policy.speeds), max_steps=max_steps)
+
+
+def test_success_and_its_first_step():
+    speeds = constant(1.0, 0.5, 0.35, 0.0115, 0.0, -1.0)
+    back = np.float32([1, 1, -1, -1] + [-1] * 36)  # solved, and then closed again
+    result = run(Script(np.concatenate([speeds, back[None]])))
+    assert result.success.tolist() == [True, True, True, True, False, False, True]
+    assert result.steps.tolist() == [2, 3, 4, 11, 12, 12, 2]
+
+
+def test_success_counts_since_the_start_of_the_episode():
+    result = run(Script(constant(-1.0, -0.5, 1.0)), task="close_drawer")
+    assert result.success.tolist() == [True, True, False]
+    assert result.steps.tolist() == [2, 3, 12]
+
+
+def test_success_after_the_limit_does_not_count():
+    policy = Script(constant(0.0115, 0.013, 1.0))  # after 11, 10 and 2 steps
+    result = run(policy, max_steps=10)
+    assert result.success.tolist() == [False, True, True]
+    assert result.steps.tolist() == [10, 10, 2]
+    assert len(policy.keys) == 3  # the third chunk began before the limit
+    assert len({tuple(key) for key in policy.keys}) == 3
+
+
+def test_a_policy_is_told_what_it_did_and_what_came_of_it():
+    policy = Script(constant(0.1, 0.2))
+    result = run(policy, max_steps=8)
+    (tasks, state, first), *others = policy.starts
+    assert not others
+    assert tasks.tolist() == [specs.task_index(TASK)] * 2
+    np.testing.assert_array_equal(state, first)
+    assert len(policy.observed) == 2
+    for index, (action, drawer) in enumerate(policy.observed):
+        steps = 0.1 * (np.arange(4) + 1 + 4 * index)
+        np.testing.assert_allclose(action, policy.speeds[:, :4])
+        np.testing.assert_allclose(drawer, first[:, None] + np.outer([0.1, 0.2], steps), rtol=1e-5)
+    film = np.concatenate([first[:1], *(drawer[0] for _, drawer in policy.observed)])
+    np.testing.assert_allclose(result.video.scene_obs[:, specs.DRAWER], film, rtol=1e-6)
+    assert result.video.rgb_static.shape == (9, 64, 64, 3)
+    np.testing.assert_allclose(result.actions[:, 0], [0.1] * 8)
+
+
+def test_every_policy_meets_the_same_starts():
+    slow, fast = Script(constant(0.0, 0.0)), Script(constant(1.0, 1.0), chunk=2)
+    run(slow)
+    run(fast, max_steps=6)
+    np.testing.assert_array_equal(slow.starts[0][1], fast.starts[0][1])
+    other = Script(constant(0.0, 0.0))
+    run(other, rng=jax.random.key(8))
+    assert (other.starts[0][1] != slow.starts[0][1]).all()
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match="unknown task 'open_door'; expected one of open_drawer"):
+        run(Script(constant(0.0)), task="open_door")
+
+
+# --- The diffusion policy on filtered latents ---
+
+
+@functools.cache
+def trained_world_model():
+    model = world_model.build(CONFIG.world_model)
+    return model, helpers.make_state(model)
+
+
+@functools.cache
+def policy_params(seed):
+    init = functools.partial(diffusion_policy.init, settings=train_policy.policy_settings(CONFIG))
+    dim = world_model.feature_dim(CONFIG.world_model)
+    return jax.jit(init, static_argnums=1)(jax.random.key(seed), dim).params
+
+
+def latent_policy(params):
+    model, state = trained_world_model()
+    return evaluation.LatentPolicy(model, state.params, params, train_policy.policy_settings(CONFIG))
+
+
+def test_a_latent_policy_filters_as_the_world_model_observes():
+    model = helpers.make_model(kl_weight=2.5)  # settings of its own: compiled here, without noise
+    params = helpers.make_state(model).params
+    steps = helpers.make_steps(shape=(2, 9))
+    policy_pair = PolicyParams(policy_params(0), policy_params(0))
+    policy = evaluation.LatentPolicy(model, params, policy_pair, train_policy.policy_settings(CONFIG))
+
+    def observations(index):
+        return jax.tree.map(lambda x: x[:, index], steps.observation)
+
+    with mock.patch.object(world_model, "sample_stochastic", helpers.sample_mode):
+        latents = [policy.start(None, None, observations(0), RNG)]
+        for first in (0, 4):  # two chunks; action t leads to frame t + 1
+            chunk, seen = steps.action[:, first : first + 4], observations(slice(first + 1, first + 5))
+            latents.append(policy.observe(latents[-1], chunk, seen, RNG))
+        embedding = jax.jit(functools.partial(world_model.embed, model))(params, steps.observation)
+        whole = jax.jit(functools.partial(world_model.observe, model))(params, embedding, steps.action, RNG)
+    for latent, t in zip(latents, (0, 4, 8), strict=True):
+        helpers.assert_close(latent, jax.tree.map(lambda x, t=t: x[:, t], whole), atol=1e-5)
+
+
+def test_a_latent_policy_acts_within_range_and_closes_or_opens_the_gripper():
+    policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
+    latent = helpers.make_latents(0, (64,), CONFIG.world_model)
+    carry, chunk = policy.act(latent, None, RNG)
+    assert carry is latent
+    assert chunk.shape == (64, 4, 7)
+    assert np.abs(chunk).max() <= 1
+    assert set(np.unique(chunk[..., 6])) == {-1.0, 1.0}
+    assert len(np.unique(chunk[:, 0, 0])) > 32
+
+
+def test_start_latents_are_those_of_the_rollout():
+    policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
+    with mock.patch.object(policy, "start", wraps=policy.start) as start:
+        evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=4)
+        latents = evaluation.start_latents(Drawer(), policy, TASK, RNG, num_episodes=3)
+    (*in_rollout, first_key), (*alone, second_key) = (call.args for call in start.call_args_list)
+    helpers.assert_equal(in_rollout, alone)
+    assert first_key == second_key
+    assert latents.deterministic.shape == (3, CONFIG.world_model.deterministic_dim)
+
+
+# --- What the evaluator loads is what training saved ---
+
+
+def save(workdir, stage, state, settings):
+    checkpointer = Checkpointer(f"{workdir}/{stage}")
+    checkpointer.save(1, state, settings.to_dict())
+    checkpointer.close()
+
+
+def fit(workdir, stage, update, state, bank, settings):
+    devices = parallel.local_devices(1)
+    return training.fit(
+        parallel.compile_updates(update, devices, num_updates=2), state,
+        training.repeat(parallel.replicate(bank, devices)), stage=stage, workdir=str(workdir),
+        settings=settings.to_dict(), seed=0, num_steps=4, updates_per_call=2, save_every=2, devices=devices,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir with every stage, and the states that training returned."""
+    path = tmp_path_factory.mktemp("run")
+    _, model_state = trained_world_model()
+    save(path, train_world_model.STAGE, model_state, CONFIG.world_model)
+    settings = train_policy.policy_settings(CONFIG)
+    bank = diffusion_policy.PolicyBatch(
+        helpers.make_latents(0, (20,), CONFIG.world_model),
+        np.random.default_rng(0).uniform(-1, 1, (20, settings.chunk, 7)).astype(np.float32),
+    )
+    update = functools.partial(diffusion_policy.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
+    policy = fit(path, f"policy/{TASK}", update, train_policy.initial_state(CONFIG, TASK), bank, settings)
+
+    def move(state, batch, rng):
+        del batch, rng
+        actor = jax.tree.map(lambda x: x + 0.1, state.params.actor)
+        return state.replace(params=state.params.replace(actor=actor)), {"moved": jnp.zeros(())}
+
+    start = finetune_policy.initial_state(CONFIG, TASK, policy.ema_params)
+    ppo = fit(path, f"ppo/{TASK}", move, start, np.zeros(1), finetune_policy.ppo_settings(CONFIG))
+    classifier = train_reward.initial_state(CONFIG, TASK)
+    save(path, f"reward/{TASK}", classifier, train_reward.reward_settings(CONFIG))
+    return str(path), {"policy": policy, "ppo": ppo, "reward": classifier, "world_model": model_state}
+
+
+def act(policy):
+    latent = helpers.make_latents(1, (5,), CONFIG.world_model)
+    return np.asarray(latent_policy(policy).act(latent, None, RNG)[1])
+
+
+def test_the_cloned_policy_is_the_average_that_training_saved(workdir):
+    path, states = workdir
+    trained = states["policy"]
+    loaded = train_policy.load(CONFIG, path, TASK)
+    helpers.assert_equal(loaded, trained.ema_params)
+    actions = act(evaluate.load_policy(CONFIG, path, "bc", TASK))
+    np.testing.assert_array_equal(actions, act(PolicyParams(trained.ema_params, trained.ema_params)))
+    assert (actions != act(PolicyParams(trained.params, trained.params))).any()
+
+
+def test_the_fine_tuned_policy_is_the_pair_that_training_saved(workdir):
+    path, states = workdir
+    base, actor = states["policy"].ema_params, states["ppo"].params.actor
+    loaded = evaluate.load_policy(CONFIG, path, "ppo", TASK)
+    helpers.assert_equal((loaded.base, loaded.finetuned), (base, actor))
+    actions = act(loaded)
+    np.testing.assert_array_equal(actions, act(PolicyParams(base, actor)))
+    assert (actions != act(PolicyParams(base, base))).any()
+
+
+def test_world_model_and_classifier_are_those_that_training_saved(workdir):
+    path, states = workdir
+    model, params = train_world_model.load(CONFIG, path)
+    helpers.assert_equal(params, states["world_model"].params)
+    assert model.settings == CONFIG.world_model
+    reward_params = train_reward.load(CONFIG, path, TASK)
+    helpers.assert_equal(reward_params, jax.device_get(states["reward"].params))
+    feature = np.zeros((1, world_model.feature_dim(CONFIG.world_model)), np.float32)
+    assert 0 < success_classifier.success_probability(reward_params, feature, settings=CONFIG.reward)[0] < 1
+
+
+@pytest.mark.parametrize("stage", ["bc", "ppo"])
+def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, stage):
+    path, states = workdir
+    base = states["policy"].ema_params
+    trained = latent_policy(PolicyParams(base, states["ppo"].params.actor if stage == "ppo" else base))
+    loaded = evaluate.latent_policy(CONFIG, path, stage, TASK)
+    results = [
+        evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=8) for policy in (trained, loaded)
+    ]
+    helpers.assert_equal(*results)
+
+
+def test_a_missing_stage_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path}/policy/{TASK}"):
+        train_policy.load(CONFIG, str(tmp_path), TASK)

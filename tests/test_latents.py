@@ -1,0 +1,110 @@
+"""Latents of episodes, and the banks that are made of them."""
+
+from unittest import mock
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from wam_jax import latents, world_model
+
+CHUNK = 4
+LENGTHS = (6, 3, 9, 4)  # one is shorter than a chunk
+SETTINGS = helpers.make_model().settings
+
+
+def make_episodes(lengths=LENGTHS):
+    """Episodes whose actions and latents both tell episode and step."""
+    episodes, encoded = [], []
+    for index, length in enumerate(lengths):
+        steps, latent = helpers.make_steps(index, (length,)), helpers.make_latents(index, (length,), SETTINGS)
+        steps.action[:, 0], steps.action[:, 1] = index, np.arange(length)
+        latent.deterministic[:, 0], latent.deterministic[:, 1] = index, np.arange(length)
+        episodes.append(steps)
+        encoded.append(latent)
+    return episodes, encoded
+
+
+def test_a_row_of_the_policy_bank_pairs_a_latent_with_the_actions_from_there_on():
+    episodes, encoded = make_episodes()
+    bank = latents.policy_bank(encoded, episodes, CHUNK)
+    windows = [(index, start) for index, length in enumerate(LENGTHS) for start in range(length - CHUNK + 1)]
+    assert bank.action.shape == (len(windows), CHUNK, 7)
+    assert bank.action.dtype == np.float32
+    for row, (index, start) in enumerate(windows):
+        np.testing.assert_array_equal(bank.action[row], episodes[index].action[start : start + CHUNK])
+        helpers.assert_equal(latents.latent_at(bank.latent, row), latents.latent_at(encoded[index], start))
+
+
+def test_no_demonstration_as_long_as_a_chunk_is_named():
+    episodes, encoded = make_episodes((3, 2))
+    with pytest.raises(ValueError, match="policy.chunk=4"):
+        latents.policy_bank(encoded, episodes, CHUNK)
+
+
+def test_the_classifier_bank_labels_every_latent_by_the_reward():
+    episodes, encoded = make_episodes((3, 2))
+    episodes = [
+        steps.replace(reward=np.float32(reward)) for steps, reward in zip(episodes, ([0, 1, 1], [0, 0]), strict=True)
+    ]
+    bank = latents.classifier_bank(encoded, episodes)
+    assert bank.label.tolist() == [0, 1, 1, 0, 0]
+    assert bank.latent.deterministic[:, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(("last", "steps"), [(0, [0]), (2, [0, 1, 2])])
+def test_starts_are_the_first_frames(last, steps):
+    _, encoded = make_episodes()
+    bank = latents.start_bank(encoded, last)
+    found = bank.deterministic[:, :2].tolist()
+    assert found == [[index, step] for index in range(len(LENGTHS)) for step in steps]
+    assert bank.logits.shape == (len(found), 4, 4)
+
+
+def test_attempts_are_the_spans_of_a_task():
+    def episode(index, task):
+        steps = helpers.make_steps(index, (len(task),))
+        steps.action[:, 0] = np.arange(len(task))
+        return steps.replace(task=np.int32(task))
+
+    play = [
+        episode(0, [3] * 9 + [-1] * 4 + [5] * 10 + [3] * 7 + [5] * 2),  # the second 3 is too short
+        episode(1, [-1] * 30),
+        episode(2, [5] * 3 + [3] * 8),  # to the very end
+    ]
+    found = latents.attempts(play, 3, min_steps=8)
+    assert [steps.action[:, 0].tolist() for steps in found] == [list(range(9)), list(range(3, 11))]
+    assert all((steps.task == 3).all() for steps in found)
+    np.testing.assert_array_equal(found[1].observation.robot_obs, play[2].observation.robot_obs[3:])
+    assert [steps.action[0, 0] for steps in latents.attempts(play, 3, min_steps=7)] == [0, 23, 3]
+    assert latents.attempts(play, 0) == []
+
+
+def test_the_same_task_in_neighbouring_episodes_is_two_attempts():
+    play = [helpers.make_steps(i, (10,)).replace(task=np.full(10, 2, np.int32)) for i in range(2)]
+    assert [len(steps.action) for steps in latents.attempts(play, 2)] == [10, 10]
+
+
+def test_encoding_in_padded_batches_equals_encoding_alone():
+    model = helpers.make_model(kl_weight=2.0)  # settings of its own: compiled here, without noise
+    params = helpers.make_state(model).params
+    episodes = [helpers.make_steps(i, (length,)) for i, length in enumerate((18, 5, 11))]
+    with mock.patch.object(world_model, "sample_stochastic", helpers.sample_mode):
+        together = latents.encode_episodes(model, params, episodes, jax.random.key(0), batch_size=2)
+        alone = jax.jit(lambda steps: observe_alone(model, params, steps))
+        expected = [jax.tree.map(lambda x: x[0], alone(jax.tree.map(lambda x: x[None], steps))) for steps in episodes]
+    assert [len(latent.deterministic) for latent in together] == [18, 5, 11]
+    for found, wanted in zip(together, expected, strict=True):
+        assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
+        helpers.assert_close(found, wanted, atol=1e-5)
+
+
+def observe_alone(model, params, steps):
+    embedding = world_model.embed(model, params, steps.observation)
+    return world_model.observe(model, params, embedding, steps.action, jax.random.key(0))
+
+
+def test_no_episodes_give_no_latents():
+    model = helpers.make_model()
+    assert latents.encode_episodes(model, {}, [], jax.random.key(0)) == []

@@ -1,0 +1,179 @@
+"""A user's mistake is one line that names the value and the mend, before any work starts."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import helpers
+import jax
+import pytest
+from ml_collections import FrozenConfigDict
+
+from experiments import launch
+
+
+@pytest.fixture(autouse=True)
+def untouched_jax(monkeypatch, tmp_path):
+    """Gives JAX its settings back."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_cpu_enable_async_dispatch",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def change(path, value, config=None):
+    """A tiny config with another value at a dotted path."""
+    config = config or helpers.make_config()
+    with config.unlocked():
+        *parents, key = path.split(".")
+        part = config
+        for name in parents:
+            part = part[name]
+        part[key] = value
+    return config
+
+
+def test_a_good_config_passes_and_is_frozen(tmp_path):
+    config = launch.prepare(helpers.make_config(), str(tmp_path / "new" / "run"))
+    assert isinstance(config, FrozenConfigDict)
+    assert hash(config.world_model) == hash(FrozenConfigDict(helpers.make_config()).world_model)
+    with open(tmp_path / "new" / "run" / "config.json") as file:
+        assert json.load(file)["world_model"]["batch_size"] == helpers.B
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("tasks", ("open_drawer", "open_door"), "unknown task 'open_door'; expected one of open_drawer"),
+        ("evaluation.video_task", "fly", "unknown task 'fly'; expected one of open_drawer"),
+        ("num_devices", 999, "num_devices=999, but this host has .*; ask for at most"),
+        ("num_devices", -1, "num_devices=-1, but this host has"),
+        ("world_model.batch_size", 0, "config.world_model.batch_size: batch_size=0 .* the nearest that is: "),
+        ("policy.batch_size", -8, "config.policy.batch_size: batch_size=-8"),
+        ("ppo.num_rollouts", 0, "config.ppo.num_rollouts: batch_size=0"),
+        ("reward.batch_size", 7, "config.reward.batch_size=7 must be even .* take a multiple of 2"),
+        ("world_model.num_steps", 5, "config.world_model.num_steps=5 is not a positive multiple of .*=2; take 4"),
+        ("world_model.num_steps", 0, "config.world_model.num_steps=0 is not a positive multiple of .*=2; take 2"),
+        ("policy.num_steps", 7, "config.policy.num_steps=7 .*; take 8"),
+        ("reward.num_steps", 3, "config.reward.num_steps=3 .*; take"),
+        ("ppo.num_iterations", 3, "config.ppo.num_iterations=3 .*updates_per_call=2; take"),
+        ("world_model.updates_per_call", 0, "config.world_model.updates_per_call=0"),
+        ("policy.finetuned_steps", 5, "config.policy.finetuned_steps=5 exceeds denoising_steps=4"),
+        ("policy.warmup_steps", 4, "config.policy.warmup_steps=4 .*num_steps=4"),
+        ("world_model.open_loop_steps", 9, "config.world_model.open_loop_steps=9 .*window_length=8"),
+        ("world_model.kind", "mlp", "world_model.kind='mlp'; expected 'conv' or 'patch'"),
+        ("world_model.compute_dtype", "half", "world_model.compute_dtype='half'; expected"),
+        ("environment", "moon", "unknown environment 'moon'; expected one of playtable"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_with_the_mend(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        launch.prepare(change(path, value), str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_must_divide_over_the_devices(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 3)
+    config = change("num_devices", 3)
+    with pytest.raises(ValueError, match="config.world_model.batch_size: batch_size=4 .* by 3 devices.*: 3$"):
+        launch.check(config)
+    for path in ("world_model.batch_size", "policy.batch_size", "ppo.num_rollouts"):
+        change(path, 6, config)
+    with pytest.raises(ValueError, match="config.reward.batch_size=16 .* 3 devices.*; take a multiple of 6"):
+        launch.check(config)
+    launch.check(change("reward.batch_size", 12, config))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("seed", 1), ("world_model.learning_rate", 0.5), ("tasks", ("open_drawer",))]
+)
+def test_a_workdir_of_another_config_is_refused(tmp_path, path, value):
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a run with config.{path}=.*; use another --workdir"):
+        launch.prepare(change(path, value), str(tmp_path))
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_all_differences_are_counted(tmp_path):
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    with pytest.raises(ValueError, match=r"config.method='wam', not 'dreamer_v2' \(and 1 more difference\w*\)"):
+        launch.prepare(helpers.make_config("dreamer_v2"), str(tmp_path))
+
+
+def test_what_does_not_change_the_files_may_change(tmp_path):
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    config = helpers.make_config()
+    for path, value in (("evaluation.num_episodes", 3), ("world_model.num_steps", 8), ("policy.save_every", 1)):
+        change(path, value, config)
+    launch.prepare(config, str(tmp_path))
+    with open(tmp_path / "config.json") as file:
+        assert json.load(file)["world_model"]["num_steps"] == 8
+
+
+def test_virtual_cpu_devices_run_in_step_with_the_host(tmp_path, monkeypatch):
+    """JAX reads the setting when it first looks for devices, so it has to be made before."""
+    seen = []
+
+    def local_devices():
+        seen.append(jax.config.jax_cpu_enable_async_dispatch)
+        return jax.devices() * 2
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    assert seen and not any(seen)
+
+
+def test_datasets_are_the_configs_or_the_workdirs():
+    assert launch.dataset_directories(FrozenConfigDict(helpers.make_config()), "run") == (
+        f"run/data/{launch.PLAY}", f"run/data/{launch.DEMONSTRATIONS}",
+    )  # fmt: skip
+    config = FrozenConfigDict(change("dataset.play", "elsewhere"))
+    assert launch.dataset_directories(config, "run") == ("elsewhere", f"run/data/{launch.DEMONSTRATIONS}")
+
+
+# --- As a user meets it ---
+
+QUICKSTART = "--config=experiments/configs/quickstart.py"
+MISTAKES = {
+    "value": ([QUICKSTART, "--config.world_model.batch_size=abc"], "config.world_model.batch_size"),
+    "key": ([QUICKSTART, "--config.world_model.no_such=1"], "config.world_model.no_such"),
+    "flag": ([QUICKSTART, "--no_such_flag=1"], "no_such_flag"),
+    "file": (["--config=experiments/configs/missing.py"], "experiments/configs/missing.py"),
+    "file and key": (["--config=experiments/configs/missing.py", "--config.seed=1"], "experiments/configs/missing.py"),
+    "method": (["--config=experiments/configs/quickstart.py:dreamer"], "unknown method 'dreamer'"),
+    "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
+    "config": ([QUICKSTART, "--config.num_devices=999"], "num_devices=999"),
+    "nothing": ([], "--config"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What each mistake ends in."""
+    workdir = tmp_path_factory.mktemp("mistakes") / "run"
+
+    def run(arguments):
+        binary = ("-m", "experiments.collect_playtable", *arguments)
+        return helpers.run_python(*binary, *([f"--workdir={workdir}"] if arguments else []))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(run, [arguments for arguments, _ in MISTAKES.values()])
+    return dict(zip(MISTAKES, results, strict=True)), workdir
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_line(runs, mistake):
+    run, workdir = runs[0][mistake], runs[1]
+    assert run.returncode not in (0, None)
+    assert MISTAKES[mistake][1] in run.stderr, run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert run.stderr.startswith("error: ")
+    assert not workdir.exists()

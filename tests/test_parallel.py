@@ -1,0 +1,277 @@
+"""Updates on several devices: the same as on one, noise of their own, and errors that say how to mend them.
+
+Virtual devices must be asked for before JAX starts, so the checks run in one process of their own: this file as a script.
+"""
+
+import functools
+import json
+import sys
+import traceback
+from unittest import mock
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wam_jax import (
+    diffusion_policy,
+    imagination,
+    latents,
+    parallel,
+    ppo,
+    success_classifier,
+    world_model,
+)
+
+NUM_DEVICES = 8
+
+
+def noise_update(state, batch, rng):
+    noise = jax.random.normal(rng, state["x"].shape)
+    gradient = parallel.pmean(batch.mean(axis=0) + noise - state["x"], parallel.AXIS_NAME)
+    state = {"x": state["x"] + 0.1 * gradient, "count": state["count"] + 1}
+    return state, {"noise": noise[0], "x": state["x"].sum()}
+
+
+def first_state():
+    return {"x": np.arange(3, dtype=np.float32), "count": np.int32(0)}
+
+
+def slices(devices, num_updates, size=8):
+    """The same data for every number of devices: [D, N, size / D, 3]."""
+    data = np.random.default_rng(0).normal(size=(num_updates, len(devices), size // len(devices), 3))
+    return jnp.asarray(data.swapaxes(0, 1), jnp.float32)
+
+
+def all_devices_equal(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert len(leaf.addressable_shards) == NUM_DEVICES
+        for shard in leaf.addressable_shards[1:]:
+            np.testing.assert_array_equal(shard.data, leaf.addressable_shards[0].data)
+
+
+# --- Checks that run under eight devices ---
+
+
+def check_world_model_update_is_the_same_on_1_4_and_8_devices():
+    # With this epsilon an AdamW step is proportional to the gradient: rounding is not blown up to the learning rate.
+    model = helpers.make_model(adam_epsilon=1.0, open_loop_weight=0.0)
+    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+    start = helpers.make_state(model)
+    batch = helpers.make_steps(shape=(2, 8, 6))  # two updates of 8 windows
+    results = []
+    with mock.patch.object(world_model, "sample_stochastic", helpers.sample_mode):
+        for num_devices in (1, 4, 8):
+            devices = parallel.local_devices(num_devices)
+            parts = jax.tree.map(lambda x: x.reshape(2, len(devices), -1, *x.shape[2:]).swapaxes(0, 1), batch)  # noqa: B023
+            run = parallel.compile_updates(update, devices)
+            state, metrics = run(parallel.replicate(start, devices), parts, 0, 0)
+            assert all(x.shape == (num_devices, 2) for x in metrics.values())
+            results.append(jax.device_get((parallel.unreplicate(state), jax.tree.map(lambda x: x[0], metrics))))
+    (one, one_metrics), *others = results
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), one.params, start.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    for state, metrics in others:
+        helpers.assert_close(metrics, one_metrics, rtol=1e-3)
+        helpers.assert_close(state.params, one.params, rtol=0, atol=1e-6)
+
+
+def check_noise_differs_between_devices_and_steps_and_repeats():
+    devices = parallel.local_devices(0)
+    run = parallel.compile_updates(noise_update, devices)
+
+    def draw(seed, first_step):
+        return np.asarray(
+            run(parallel.replicate(first_state(), devices), slices(devices, 3), seed, first_step)[1]["noise"]
+        )
+
+    noise = draw(0, 0)
+    assert noise.shape == (NUM_DEVICES, 3)
+    assert len(np.unique(noise)) == noise.size
+    np.testing.assert_array_equal(noise, draw(0, 0))
+    np.testing.assert_array_equal(noise[:, 1:], draw(0, 1)[:, :2])  # a resumed run draws what it would have drawn
+    assert not np.isin(noise, draw(1, 0)).any()
+
+
+def check_states_stay_the_same_on_all_devices():
+    devices = parallel.local_devices(0)
+    state, _ = parallel.compile_updates(noise_update, devices)(
+        parallel.replicate(first_state(), devices), slices(devices, 3), 0, 0
+    )
+    all_devices_equal(state)
+
+
+def check_n_updates_in_one_call_equal_n_calls():
+    devices = parallel.local_devices(4)
+    data = slices(devices, 4)
+    run = parallel.compile_updates(noise_update, devices)
+    together, metrics = run(parallel.replicate(first_state(), devices), data, 0, 5)
+    state = parallel.replicate(first_state(), devices)
+    for i in range(4):
+        state, one = run(state, data[:, i : i + 1], 0, 5 + i)
+        helpers.assert_equal(jax.tree.map(lambda x: x[:, 0], one), jax.tree.map(lambda x, i=i: x[:, i], metrics))
+    helpers.assert_equal(together, state)
+    assert np.asarray(state["count"]).tolist() == [4] * 4
+
+
+def check_n_updates_from_one_bank_equal_n_calls():
+    devices = parallel.local_devices(4)
+    bank = slices(devices, 1)[:, 0]
+    run = parallel.compile_updates(noise_update, devices, num_updates=3)
+    together, metrics = run(parallel.replicate(first_state(), devices), bank, 0, 0)
+    assert metrics["x"].shape == (4, 3)
+    single = parallel.compile_updates(noise_update, devices, num_updates=1)
+    state = parallel.replicate(first_state(), devices)
+    for i in range(3):
+        state, _ = single(state, bank, 0, i)
+    helpers.assert_equal(together, state)
+
+
+def check_replicate_and_back():
+    devices = parallel.local_devices(0)
+    tree = {"x": np.arange(6.0, dtype=np.float32).reshape(2, 3), "count": np.int32(7), "nested": (np.zeros(0),)}
+    replicated = parallel.replicate(tree, devices)
+    assert replicated["x"].shape == (NUM_DEVICES, 2, 3)
+    all_devices_equal(replicated)
+    assert {shard.device for shard in replicated["x"].addressable_shards} == set(devices)
+    back = parallel.unreplicate(replicated)
+    helpers.assert_equal(back, tree)
+    assert jax.tree.map(lambda x: x.dtype, back)["count"] == np.int32
+
+
+def stage_settings():
+    """Settings of policy, classifier and PPO as their binaries derive them for eight devices."""
+    config = helpers.make_config()
+    policy = helpers.freeze(config.policy, batch_size=2, decay_steps=4)
+    reward = helpers.freeze(config.reward, batch_size=2)
+    return policy, reward, helpers.freeze(config.ppo, num_rollouts=2)
+
+
+def make_bank(shape=(12,)):
+    return helpers.make_latents(0, shape, helpers.make_model().settings)
+
+
+def run_from_bank(update, state, bank):
+    devices = parallel.local_devices(0)
+    run = parallel.compile_updates(functools.partial(update, axis_name=parallel.AXIS_NAME), devices, num_updates=2)
+    before = jax.device_get(state)
+    state, metrics = run(parallel.replicate(before, devices), parallel.replicate(bank, devices), 0, 0)
+    all_devices_equal(state)
+    all_devices_equal(metrics)
+    assert all(np.isfinite(x).all() and x.shape == (NUM_DEVICES, 2) for x in metrics.values())
+    return before, parallel.unreplicate(state), metrics
+
+
+def state_dim():
+    return world_model.feature_dim(helpers.make_model().settings)
+
+
+def check_policy_update_on_8_devices():
+    settings, _, _ = stage_settings()
+    action = np.random.default_rng(0).uniform(-1, 1, (12, settings.chunk, 7)).astype(np.float32)
+    before, after, _ = run_from_bank(
+        functools.partial(diffusion_policy.update_from_bank, settings=settings),
+        diffusion_policy.init(jax.random.key(0), state_dim(), settings),
+        diffusion_policy.PolicyBatch(make_bank(), action),
+    )
+    assert after.step == 2
+    assert not np.array_equal(*(jax.tree.leaves(x.params)[1] for x in (before, after)))
+
+
+def check_classifier_update_on_8_devices():
+    _, settings, _ = stage_settings()
+    before, after, metrics = run_from_bank(
+        functools.partial(success_classifier.update_from_bank, settings=settings),
+        success_classifier.init(jax.random.key(0), state_dim(), settings),
+        success_classifier.ClassifierBatch(make_bank(), np.arange(12, dtype=np.int32) % 2),
+    )
+    assert after.step == 2
+    assert set(metrics) == {"contrastive_loss", "cross_entropy", "accuracy"}
+    assert not np.array_equal(*(jax.tree.leaves(x.params)[1] for x in (before, after)))
+
+
+def check_ppo_iteration_on_8_devices():
+    policy_settings, reward_settings, settings = stage_settings()
+    model = helpers.make_model()
+    policy = diffusion_policy.init(jax.random.key(0), state_dim(), policy_settings).params
+    inputs = imagination.ImaginationInputs(
+        start=latents.latent_at(make_bank(), slice(0, 5)),
+        world_model_params=helpers.make_state(model).params,
+        reward_params=success_classifier.init(jax.random.key(1), state_dim(), reward_settings).params,
+        base_policy_params=policy,
+    )
+    update = functools.partial(
+        ppo.iteration,
+        imagine_step=functools.partial(world_model.imagine_step, model),
+        reward_rule=functools.partial(success_classifier.reward_rule, settings=reward_settings),
+        policy_settings=policy_settings,
+        settings=settings,
+    )
+    _, after, metrics = run_from_bank(update, ppo.init(jax.random.key(2), policy, state_dim(), settings), inputs)
+    assert after.iteration == 2
+    # Counted over all devices: 8 x 2 rollouts of at most 3 decisions, of which the first is always valid.
+    assert 16 <= metrics["valid_decisions"][0, 0] <= 48
+
+
+def run_checks():
+    """Prints one line of JSON a check: its name, and its traceback where it failed."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    assert len(jax.local_devices()) == NUM_DEVICES
+    for name in CHECKS:
+        error = ""
+        try:
+            globals()[name]()
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps({"name": name, "error": error}), flush=True)
+
+
+CHECKS = [name for name in globals() if name.startswith("check_")]
+
+# --- Tests ---
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+    run = helpers.run_python(__file__, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", PYTHONPATH=str(helpers.ROOT))
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {line["name"]: line["error"] for line in lines}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_8_devices(results, name):
+    assert not results[name], results[name]
+
+
+@pytest.mark.parametrize("number", [9999, -1])
+def test_more_devices_than_there_are(number):
+    available = len(jax.local_devices())
+    with pytest.raises(ValueError, match=f"num_devices={number}, but this host has {available}.*or 0 for all"):
+        parallel.local_devices(number)
+
+
+def test_devices_by_number():
+    assert parallel.local_devices(0) == jax.local_devices()
+    assert parallel.local_devices(1) == jax.local_devices()[:1]
+
+
+@pytest.mark.parametrize(("size", "devices", "nearest"), [(10, 4, 8), (3, 8, 8), (0, 2, 2), (-4, 2, 2)])
+def test_a_batch_that_does_not_divide(size, devices, nearest):
+    with pytest.raises(ValueError, match=f"batch_size={size} is not divisible by {devices} devices.*: {nearest}$"):
+        parallel.check_batch_size(size, devices)
+    parallel.check_batch_size(nearest, devices)
+
+
+def test_without_an_axis_name_nothing_is_averaged():
+    tree = {"x": jnp.arange(3.0)}
+    assert parallel.pmean(tree, None) is tree
+    rng = parallel.step_rng(0, 3, None)
+    assert rng == jax.random.fold_in(jax.random.key(0), 3)
+
+
+if __name__ == "__main__":
+    sys.exit(run_checks())

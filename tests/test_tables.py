@@ -1,0 +1,84 @@
+"""Rows and tables: intervals against known numbers, one line a task, errors that name the file."""
+
+import dataclasses
+import json
+
+import pytest
+
+from wam_jax import specs, tables
+
+
+def make_row(task="open_drawer", stage="bc", successes=8, episodes=10, **changes):
+    row = dict(environment="playtable", method="wam", imagined_success=None, seed=0)
+    return tables.make_row(**(row | dict(task=task, stage=stage, successes=successes, episodes=episodes) | changes))
+
+
+def lines(rows):
+    """The table's cells: {first cell: the others}."""
+    table = [line for line in tables.markdown(rows).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len({len(row) for row in cells}) == 1
+    return {row[0]: row[1:] for row in cells}
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson(successes, episodes, low, high):
+    assert tables.wilson(successes, episodes) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_a_row_says_rate_and_interval():
+    row = make_row(imagined_success=0.5, seed=3)
+    assert (row.success, row.imagined_success, row.seed) == (0.8, 0.5, 3)
+    assert (row.low, row.high) == tables.wilson(8, 10)
+
+
+def test_round_trip(tmp_path):
+    rows = [make_row(), make_row(task="turn_on_led", stage="ppo", imagined_success=0.25)]
+    path = str(tmp_path / "new" / "table.json")
+    tables.save(path, rows)
+    assert tables.load(path) == rows
+    with open(path) as file:
+        assert json.load(file) == [dataclasses.asdict(row) for row in rows]
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["table.json"]
+
+
+def test_a_line_for_each_task_and_a_column_for_each_stage():
+    rows = [make_row(task=task, stage=stage) for stage in ("ppo", "bc") for task in reversed(specs.TASKS)]
+    rows.append(make_row(stage="expert", method="-", successes=10))
+    table = lines(rows)
+    assert list(table) == ["task", "---", *(task.replace("_", " ") for task in specs.TASKS), "**mean**"]
+    assert table["task"] == ["playtable: expert", "playtable: wam bc", "playtable: wam ppo"]
+    assert table["open drawer"] == ["100.0 [72, 100]", "80.0 [49, 94]", "80.0 [49, 94]"]
+    assert table["close drawer"] == ["", "80.0 [49, 94]", "80.0 [49, 94]"]
+
+
+def test_seeds_of_a_cell_are_pooled():
+    rows = [make_row(seed=0, successes=3, imagined_success=0.2), make_row(seed=1, successes=8, imagined_success=0.6)]
+    low, high = tables.wilson(11, 20)
+    assert lines(rows)["open drawer"] == [f"55.0 [{100 * low:.0f}, {100 * high:.0f}] (40)"]
+
+
+def test_the_mean_counts_every_task_alike():
+    rows = [make_row(successes=1, episodes=1, imagined_success=1.0), make_row("turn_on_led", successes=0, episodes=99)]
+    assert lines(rows)["**mean**"] == ["**50.0** (100)"]
+
+
+def test_methods_stand_side_by_side():
+    rows = [make_row(method=method, stage=stage) for method in ("wam", "dreamer_v2") for stage in ("bc", "ppo")]
+    assert set(lines(rows)["task"]) == {f"playtable: {m} {s}" for m in ("wam", "dreamer_v2") for s in ("bc", "ppo")}
+
+
+def test_no_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"no table {tmp_path}/table.json; run experiments.evaluate"):
+        tables.load(str(tmp_path / "table.json"))
+
+
+@pytest.mark.parametrize("content", ["", "[{", '[{"task": "open_drawer"}]', "3", '["text"]'])
+def test_another_file_is_named(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="table.json is not a table of results .*; remove it"):
+        tables.load(str(path))

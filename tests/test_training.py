@@ -1,0 +1,240 @@
+"""The training loop: resuming, interruption, broken numbers, and what it writes down."""
+
+import collections
+import functools
+import json
+import os
+import shutil
+import signal
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wam_jax import metrics, parallel, training, world_model
+from wam_jax.checkpoints import Checkpointer
+
+DEVICES = jax.local_devices()[:1]
+N = 2  # updates a call
+
+
+def update(state, batch, rng):
+    """Momentum towards noisy data; `loss` breaks where the data says so."""
+    noise = jax.random.normal(rng, state["x"].shape)
+    momentum = 0.9 * state["momentum"] + batch["target"] + noise - state["x"]
+    x = state["x"] + 0.1 * momentum
+    loss = jnp.square(x).sum()
+    state = {"x": x, "momentum": momentum, "count": state["count"] + 1}
+    return state, {"loss": loss, "kl": batch["kl"], "target": batch["target"][0]}
+
+
+COMPILED = parallel.compile_updates(update, DEVICES)
+
+
+def first_state():
+    return {"x": np.zeros(3, np.float32), "momentum": np.zeros(3, np.float32), "count": np.int32(0)}
+
+
+def batches(first_step, broken_at=None, on_step=None):
+    """Batch i is a function of i alone; `on_step(step)` is called before the batch of a step is handed out."""
+    step = first_step
+    while True:
+        if on_step:
+            on_step(step)
+        steps = range(step, step + N)
+        target = np.stack([np.random.default_rng(i).normal(size=3) for i in steps]).astype(np.float32)
+        kl = np.array([np.nan if i == broken_at else i for i in steps], np.float32)
+        yield {"target": target[None], "kl": kl[None]}
+        step += N
+
+
+def fit(workdir, num_steps, *, run=COMPILED, stage="toy", make_batches=batches, state=None, save_every=4, seed=0):
+    return training.fit(
+        run,
+        first_state() if state is None else state,
+        make_batches,
+        stage=stage,
+        workdir=str(workdir),
+        settings={"size": 3},
+        seed=seed,
+        num_steps=num_steps,
+        updates_per_call=N,
+        save_every=save_every,
+        devices=DEVICES,
+    )
+
+
+def rows(workdir, stage="toy"):
+    """The rows of metrics.jsonl without their seconds."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        for row in metrics.read(str(workdir), stage)
+    ]
+
+
+def latest_step(directory):
+    checkpointer = Checkpointer(str(directory))
+    step = checkpointer.latest_step()
+    checkpointer.close()
+    return step
+
+
+@functools.cache
+def whole(num_steps):
+    """The state of an uninterrupted run of the same updates, by calls of its own."""
+    state = parallel.replicate(first_state(), DEVICES)
+    data = batches(0)
+    for step in range(0, num_steps, N):
+        state, _ = COMPILED(state, next(data), 0, step)
+    return jax.device_get(parallel.unreplicate(state))
+
+
+def test_a_run_is_its_updates_one_after_the_other(tmp_path):
+    state = fit(tmp_path, 8)
+    helpers.assert_equal(state, whole(8))
+    assert all(isinstance(x, np.ndarray | np.generic) for x in jax.tree.leaves(state))
+
+
+def test_resuming_equals_one_run_bit_for_bit(tmp_path):
+    helpers.assert_equal(fit(tmp_path / "halves", 6), whole(6))
+    helpers.assert_equal(fit(tmp_path / "halves", 12), whole(12))
+    fit(tmp_path / "whole", 12)
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+
+
+def test_the_seed_matters(tmp_path):
+    assert (fit(tmp_path, 4, seed=1)["x"] != whole(4)["x"]).all()
+
+
+def test_the_world_model_resumes_bit_for_bit(tmp_path):
+    model = helpers.make_model(open_loop_weight=0.0)
+    run = parallel.compile_updates(
+        functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME), DEVICES
+    )
+
+    def make_batches(first_step):
+        for step in range(first_step, 100, N):
+            yield helpers.make_steps(seed=step, shape=(1, N, 2, 6))
+
+    def train(workdir, num_steps):
+        return fit(workdir, num_steps, run=run, make_batches=make_batches, state=helpers.make_state(model))
+
+    at_once = train(tmp_path / "whole", 4)
+    train(tmp_path / "halves", 2)
+    helpers.assert_equal(train(tmp_path / "halves", 4), at_once)
+    assert at_once.step == 4
+
+
+def test_a_finished_stage_is_left_alone(tmp_path):
+    state = fit(tmp_path, 4)
+
+    def no_batches(first_step):
+        raise AssertionError("a finished stage asks for no data")
+
+    helpers.assert_equal(fit(tmp_path, 4, make_batches=no_batches), state)
+
+
+def test_an_update_is_traced_once_for_all_stages(tmp_path):
+    traces = collections.Counter()
+
+    def counted(state, batch, rng):
+        traces["update"] += 1
+        return update(state, batch, rng)
+
+    run = parallel.compile_updates(counted, DEVICES)
+    fit(tmp_path, 4, run=run)
+    once = traces["update"]
+    fit(tmp_path, 8, run=run)
+    fit(tmp_path, 4, run=run, stage="another", seed=3)
+    assert once == traces["update"] == 1
+
+
+def test_one_program_serves_fresh_restored_and_running_states(tmp_path, caplog):
+    fit(tmp_path, 4, stage="first")  # compiles what the loop itself needs
+    run = parallel.compile_updates(update, DEVICES)
+    with jax.log_compiles():
+        fit(tmp_path, 6, run=run)
+        fit(tmp_path, 12, run=run)
+        fit(tmp_path, 6, run=run, stage="another", seed=3)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len([message for message in messages if message.startswith("Finished XLA compilation")]) == 1, messages
+
+
+def test_a_metric_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    broken = functools.partial(batches, broken_at=7)
+    with pytest.raises(FloatingPointError, match="^kl is nan at step 7"):
+        fit(tmp_path, 20, make_batches=broken, save_every=2)
+    assert latest_step(tmp_path / "toy") == 6
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
+    helpers.assert_equal(fit(tmp_path, 12), whole(12))  # with the data mended it goes on from there
+
+
+def test_a_metric_that_breaks_at_the_very_end_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="kl is nan at step 7"):
+        fit(tmp_path, 8, make_batches=functools.partial(batches, broken_at=7), save_every=100)
+    assert latest_step(tmp_path / "toy") is None
+
+
+def interrupt_at(wanted, number):
+    def on_step(step):
+        if step == wanted:
+            os.kill(os.getpid(), number)
+
+    return functools.partial(batches, on_step=on_step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_saves_and_the_same_command_goes_on(tmp_path, number):
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match="toy saved at step 6"):
+        fit(tmp_path, 12, make_batches=interrupt_at(4, number), save_every=100)
+    assert signal.getsignal(number) == handler
+    assert latest_step(tmp_path / "toy") == 6
+    helpers.assert_equal(fit(tmp_path, 12), whole(12))
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_second_interruption_stops_at_once(tmp_path):
+    def on_step(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, 12, make_batches=functools.partial(batches, on_step=on_step), save_every=2)
+    assert latest_step(tmp_path / "toy") == 4
+
+
+def test_a_resume_from_an_earlier_checkpoint_repeats_no_row(tmp_path):
+    fit(tmp_path, 4, stage="another")
+    fit(tmp_path, 8)
+    before = rows(tmp_path)
+    shutil.rmtree(tmp_path / "toy" / "8")
+    fit(tmp_path, 8)
+    assert rows(tmp_path) == before
+    assert [row["step"] for row in before] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows(tmp_path, "another")] == [2, 4]
+
+
+def test_a_row_is_the_mean_of_its_updates(tmp_path):
+    fit(tmp_path, 4)
+    assert [row["kl"] for row in rows(tmp_path)] == [0.5, 2.5]
+    assert set(rows(tmp_path)[0]) == {"stage", "step", "loss", "kl", "target"}
+    assert (tmp_path / "tensorboard" / "toy").is_dir()
+
+
+def test_a_half_written_row_costs_no_other_row(tmp_path):
+    fit(tmp_path, 4)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "toy", "st')  # killed here
+    fit(tmp_path, 8)
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8]
+    with open(tmp_path / "metrics.jsonl") as file:
+        assert all(json.loads(line) for line in file)
+
+
+def test_steps_that_do_not_divide_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f"toy: 5 steps are not divisible by updates_per_call={N}"):
+        fit(tmp_path, 5)

@@ -71,7 +71,7 @@ def run(policy, *, max_steps=12, task=TASK, rng=RNG):
 
 
 def test_success_and_its_first_step():
-    speeds = constant(1.0, 0.5, 0.35, 0.0115, 0.0, -1.0)
+    speeds = constant(1.0, 0.5, 0.35, 0.115, 0.0, -1.0)
     back = np.float32([1, 1, -1, -1] + [-1] * 36)  # solved, and then closed again
     result = run(Script(np.concatenate([speeds, back[None]])))
     assert result.success.tolist() == [True, True, True, True, False, False, True]
@@ -85,7 +85,7 @@ def test_success_counts_since_the_start_of_the_episode():
 
 
 def test_success_after_the_limit_does_not_count():
-    policy = Script(constant(0.0115, 0.013, 1.0))  # after 11, 10 and 2 steps
+    policy = Script(constant(0.115, 0.13, 1.0))  # after 11, 10 and 2 steps
     result = run(policy, max_steps=10)
     assert result.success.tolist() == [False, True, True]
     assert result.steps.tolist() == [10, 10, 2]

@@ -1,6 +1,6 @@
 """Updates on several devices: the same as on one, noise of their own, and errors that say how to mend them.
 
-Virtual devices must be asked for before JAX starts, so the checks run in one process of their own: this file as a script.
+Virtual devices must be asked for before JAX starts, so the checks run in a process of their own: this file, run.
 """
 
 import functools

@@ -27,6 +27,6 @@ def get_config(method: str = "wam") -> ConfigDict:
     )
     config.policy.update(num_steps=4000)
     config.reward.update(num_steps=1000)
-    config.ppo.update(num_iterations=60, save_every=20)
+    config.ppo.update(num_iterations=60, num_rollouts=50, save_every=20)
     config.evaluation.update(num_episodes=256)
     return config

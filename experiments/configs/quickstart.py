@@ -40,6 +40,8 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.reward.update(
         embedding_dims=(128, 128), classification_dims=(128, 128), consecutive=4, num_steps=500, save_every=500
     )
-    config.ppo.update(num_iterations=20, max_start_step=8, save_every=10)
+    config.ppo.update(
+        num_iterations=15, num_rollouts=32, epochs=5, max_start_step=8, actor_learning_rate=3e-5, save_every=5
+    )
     config.evaluation.update(num_episodes=64)
     return config

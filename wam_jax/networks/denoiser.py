@@ -33,7 +33,7 @@ def _uniform(inputs: int | None = None) -> nn.initializers.Initializer:
 
 
 def mish(x: Array) -> Array:
-    """x tanh(softplus(x)) (Misra 2019) by one exponential: with n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2)."""
+    """X tanh(softplus(x)) (Misra 2019) by one exponential: with n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2)."""
     exponential = jnp.exp(jnp.minimum(x, 20.0))  # above, the quotient is 1 in float32
     numerator = exponential * (exponential + 2)
     return x * numerator / (numerator + 2)

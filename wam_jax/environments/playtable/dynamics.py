@@ -246,7 +246,7 @@ def _resolve_deepest(state: State) -> State:
     body = jnp.asarray(geometry.BOX_BODY)[box]
     rotation = _box_rotations(state)[box]
     half_size = jnp.asarray(geometry.BOX_HALF_SIZE)[box]
-    _, normal = _overlap(_hand_spheres(state)[0][sphere], 0.0, _box_centers(state)[box], rotation, half_size)
+    _, normal = _overlap(_hand_spheres(state)[0][sphere], jnp.float32(0), _box_centers(state)[box], rotation, half_size)
     normal = rotation @ jnp.stack(normal)
     joints, rest = _push_joint(state.joints, body, normal, depth)
     blocks, rest = _push_block(state.blocks, body, normal, rest)

@@ -9,7 +9,9 @@ policy in evaluation:
 Metres and radians; a speed is in units of the action.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -128,10 +130,11 @@ def plan(draw: Array, task: Array, state: State) -> Plan:
     """
     speed = draws.between(MIN_SPEED, MAX_SPEED, draw[0])
     jitter = draws.between(-1.0, 1.0, draw[1:])
-    is_switch = (task == specs.task_index("turn_on_lightbulb")) | (task == specs.task_index("turn_off_lightbulb"))
-    away = _leave(state, jnp.where(is_switch, _TILT, _DOWN))
-    plans = [_stack(away + planner(state, jitter), speed) for planner in _PLANNERS]
-    return jax.tree.map(lambda *x: jnp.stack(x)[task], *plans)
+    plans = [_stack(_leave(state) + planner(state, jitter)) for planner in _PLANNERS]
+    chosen = jax.tree.map(lambda *x: _stack_arrays(x)[task], *plans)
+    # The retreats keep the orientation and then turn on the way to the task's first waypoint.
+    euler = chosen.euler.at[:RETREATS].set(jnp.stack([state.target_euler, chosen.euler[RETREATS]]))
+    return chosen.replace(euler=euler, speed=jnp.where(chosen.speed > 0, chosen.speed, speed))
 
 
 def _wrap(angle: Array) -> Array:
@@ -146,83 +149,98 @@ def _is_reached(plan: Plan, at: Array, state: State) -> Array:
     return at_target & (~plan.measured[at] | (at_hand & turned))
 
 
-def waypoint(x, y, z, euler, gripper=_CLOSE, tolerance=0.012, measured=True, speed=0.0, cap=60, hold=0) -> dict:
-    """One waypoint, see `Plan`; speed 0 stands for the plan's own."""
-    return dict(
-        position=jnp.stack([jnp.asarray(v, jnp.float32) for v in (x, y, z)]),
-        euler=jnp.asarray(euler, jnp.float32),
-        gripper=jnp.asarray(gripper, jnp.float32),
-        tolerance=jnp.asarray(tolerance, jnp.float32),
-        measured=jnp.asarray(measured, bool),
-        speed=jnp.asarray(speed, jnp.float32),
-        cap=jnp.asarray(cap, jnp.int32),
-        hold=jnp.asarray(hold, jnp.int32),
+class _Waypoint(NamedTuple):
+    """One waypoint, see `Plan`; only the position depends on the state. Speed 0 stands for the plan's own."""
+
+    position: tuple
+    euler: np.ndarray
+    gripper: float
+    tolerance: float
+    measured: bool
+    speed: float
+    cap: int
+    hold: int
+
+
+def _waypoint(x, y, z, euler=_DOWN, gripper=_CLOSE, tolerance=0.012, measured=True, speed=0.0, cap=60, hold=0):
+    return _Waypoint((x, y, z), euler, gripper, tolerance, measured, speed, cap, hold)
+
+
+def _stack_arrays(arrays: Sequence) -> Array:
+    """Stacks arrays, on the host where all of them are constants: there is less to compile then."""
+    return jnp.asarray(np.stack(arrays)) if all(isinstance(x, np.ndarray) for x in arrays) else jnp.stack(arrays)
+
+
+def _stack(waypoints: list[_Waypoint]) -> Plan:
+    padded = waypoints + [waypoints[-1]] * (MAX_WAYPOINTS - len(waypoints))
+    position = jnp.stack([jnp.asarray(x, jnp.float32) for point in padded for x in point.position])
+    column = lambda name, dtype: np.array([getattr(point, name) for point in padded], dtype)  # noqa: E731
+    return Plan(
+        position=position.reshape(MAX_WAYPOINTS, 3),
+        euler=column("euler", np.float32),
+        gripper=column("gripper", np.float32),
+        tolerance=column("tolerance", np.float32),
+        measured=column("measured", bool),
+        speed=column("speed", np.float32),
+        cap=column("cap", np.int32),
+        hold=column("hold", np.int32),
+        length=np.array(len(waypoints), np.int32),
     )
 
 
-def _stack(waypoints: list[dict], speed: Array) -> Plan:
-    padded = waypoints + [waypoints[-1]] * (MAX_WAYPOINTS - len(waypoints))
-    fields = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    fields["speed"] = jnp.where(fields["speed"] > 0, fields["speed"], speed)
-    return Plan(**fields, length=jnp.int32(len(waypoints)))
-
-
-def _leave(state: State, euler: Array) -> list[dict]:
-    """Up out of the drawer, then up and away from the panel, turning on the way.
+def _leave(state: State) -> list[_Waypoint]:
+    """Up out of the drawer, then up and away from the panel; `plan` sets the orientation.
 
     Starts from the target, which may be wound up, not from the measured hand.
     """
     x, y, z = (state.target_position[i] for i in range(3))
     is_low = z < 0.42
-    up = waypoint(x, y, jnp.where(is_low, 0.50, z), state.target_euler, tolerance=0.03, measured=False)
+    up = _waypoint(x, y, jnp.where(is_low, 0.50, z), tolerance=0.03, measured=False)
     back = jnp.where(y > -0.10, y - 0.05, y)
-    away = waypoint(x, back, jnp.maximum(z, TRAVEL_HEIGHT), euler, tolerance=0.03, measured=False)
+    away = _waypoint(x, back, jnp.maximum(z, TRAVEL_HEIGHT), tolerance=0.03, measured=False)
     return [up, away]
 
 
-def _open_drawer(state: State, jitter: Array) -> list[dict]:
+def _open_drawer(state: State, jitter: Array) -> list[_Waypoint]:
     """Closed fingers go down between the front and its bar, and pull."""
     x, y = 0.18 + 0.05 * jitter[0], -0.212 - state.joints[geometry.DRAWER]
-    way = partial(waypoint, euler=_DOWN)
     return [
-        way(x, y, 0.52, tolerance=0.02),
-        way(x, y, 0.42),
-        way(x, y, 0.365, tolerance=0.008, speed=0.7),
-        way(x, -0.462 + 0.02 * jitter[1], 0.365, tolerance=0.01, measured=False, speed=0.7, hold=4),
-        way(x, -0.422, 0.50, tolerance=0.03),
+        _waypoint(x, y, 0.52, tolerance=0.02),
+        _waypoint(x, y, 0.42),
+        _waypoint(x, y, 0.365, tolerance=0.008, speed=0.7),
+        _waypoint(x, -0.462 + 0.02 * jitter[1], 0.365, tolerance=0.01, measured=False, speed=0.7, hold=4),
+        _waypoint(x, -0.422, 0.50, tolerance=0.03),
     ]
 
 
-def _close_drawer(state: State, jitter: Array) -> list[dict]:
+def _close_drawer(state: State, jitter: Array) -> list[_Waypoint]:
     """Closed fingers push the bar from outside."""
     x, y = 0.18 + 0.05 * jitter[0], -0.30 - state.joints[geometry.DRAWER]
-    way = partial(waypoint, euler=_DOWN)
     return [
-        way(x, y, 0.52, tolerance=0.02),
-        way(x, y, 0.37),
-        way(x, -0.245 + 0.01 * jitter[1], 0.365, tolerance=0.01, measured=False, speed=0.7, hold=4),
-        way(x, -0.30, 0.50, tolerance=0.03),
+        _waypoint(x, y, 0.52, tolerance=0.02),
+        _waypoint(x, y, 0.37),
+        _waypoint(x, -0.245 + 0.01 * jitter[1], 0.365, tolerance=0.01, measured=False, speed=0.7, hold=4),
+        _waypoint(x, -0.30, 0.50, tolerance=0.03),
     ]
 
 
-def _move_slider(state: State, jitter: Array, side: float, end: float) -> list[dict]:
+def _move_slider(state: State, jitter: Array, side: float, end: float) -> list[_Waypoint]:
     """Closed fingers push the handle from the side `side` (+1 its right, so that it goes left) to x = `end`."""
     x, z = 0.04 + 0.062 * side - state.joints[geometry.SLIDER], 0.515 + 0.01 * jitter[0]
-    way = partial(waypoint, euler=_DOWN)
     return [
-        way(x + 0.01 * side, -0.10, 0.60, tolerance=0.02),
-        way(x + 0.01 * side, -0.08, z, tolerance=0.015),
-        way(x + 0.005 * side, -0.012, z, cap=25),
-        way(end, -0.012, z, tolerance=0.01, measured=False, speed=0.7, hold=5),
-        way(end + 0.035 * side, -0.09, z + 0.02, tolerance=0.03),
+        _waypoint(x + 0.01 * side, -0.10, 0.60, tolerance=0.02),
+        _waypoint(x + 0.01 * side, -0.08, z, tolerance=0.015),
+        _waypoint(x + 0.005 * side, -0.012, z, cap=25),
+        _waypoint(end, -0.012, z, tolerance=0.01, measured=False, speed=0.7, hold=5),
+        _waypoint(end + 0.035 * side, -0.09, z + 0.02, tolerance=0.03),
     ]
 
 
-def _lift_switch(state: State, jitter: Array) -> list[dict]:
+def _lift_switch(state: State, jitter: Array) -> list[_Waypoint]:
     """Open fingers go around the bar, close on it, and lift it along its slope."""
     x, w = 0.30 + 0.01 * jitter[0], state.joints[geometry.SWITCH]
     y, z = 0.022 + 0.5 * w, 0.522 + 0.866 * w
-    way = partial(waypoint, euler=_TILT)
+    way = partial(_waypoint, euler=_TILT)
     return [
         way(x, -0.14, 0.60, gripper=_OPEN, tolerance=0.02),
         way(x, y - 0.052, z + 0.043, gripper=_OPEN),
@@ -234,10 +252,10 @@ def _lift_switch(state: State, jitter: Array) -> list[dict]:
     ]
 
 
-def _lower_switch(state: State, jitter: Array) -> list[dict]:
+def _lower_switch(state: State, jitter: Array) -> list[_Waypoint]:
     """Closed fingers push the raised bar down from above."""
     x, w = 0.30 + 0.015 * jitter[0], state.joints[geometry.SWITCH]
-    way = partial(waypoint, euler=_TILT)
+    way = partial(_waypoint, euler=_TILT)
     return [
         way(x, -0.14, 0.64, tolerance=0.02),
         way(x, -0.02 + 0.5 * w, 0.58 + 0.866 * w, tolerance=0.015, cap=40),
@@ -247,16 +265,15 @@ def _lower_switch(state: State, jitter: Array) -> list[dict]:
     ]
 
 
-def _press_button(state: State, jitter: Array) -> list[dict]:
+def _press_button(state: State, jitter: Array) -> list[_Waypoint]:
     """Closed fingers press the button down against its spring and leave upwards."""
     del state
     x, y = -0.12 + 0.008 * jitter[0], -0.12 + 0.008 * jitter[1]
-    way = partial(waypoint, euler=_DOWN)
     return [
-        way(x, y, 0.58, tolerance=0.02),
-        way(x, y, 0.52),
-        way(x, y, 0.462, tolerance=0.006, measured=False, speed=0.6, cap=25, hold=4),
-        way(x, y, 0.54),
+        _waypoint(x, y, 0.58, tolerance=0.02),
+        _waypoint(x, y, 0.52),
+        _waypoint(x, y, 0.462, tolerance=0.006, measured=False, speed=0.6, cap=25, hold=4),
+        _waypoint(x, y, 0.54),
     ]
 
 

@@ -79,7 +79,7 @@ _STATIC_RAYS = _look_at(_STATIC_EYE, _STATIC_TARGET, np.array([0.0, 0.0, 1.0]), 
 _GRIPPER_RAYS = _look_at(_GRIPPER_EYE, _GRIPPER_EYE + [0.03, 0.0, 0.1], np.array([1.0, 0.0, 0.0]), _GRIPPER_FOV)
 
 
-def _shade(normal) -> float:
+def _shade(normal):
     return _AMBIENT + (1 - _AMBIENT) * jnp.maximum(0.0, sum(n * x for n, x in zip(normal, _LIGHT, strict=True)))
 
 
@@ -179,7 +179,7 @@ def _floor(rays: _Rays) -> _Hit:
     return _Hit(jnp.where(below, distance, _FAR), jnp.ones_like(distance), color)
 
 
-def _moved(box: geometry.Box, axis: int, distance):
+def _moved(box: geometry.Box, axis: int, distance) -> tuple[list, list]:
     """Limits of a box moved along one axis of its frame."""
     low, high = list(box.low), list(box.high)
     low[axis], high[axis] = low[axis] + distance, high[axis] + distance

@@ -36,9 +36,8 @@ def reset(rng: Array) -> State:
     Args:
       rng: one key.
     """
-    joints = (geometry.NUM_JOINTS,)
     places = (geometry.NUM_BLOCKS, _BLOCK_TRIES, 3)
-    draw = draws.uniform(rng, hand=(6,), open=(), led=(), where=joints, value=joints, places=places, yaw=(3,))
+    draw = draws.uniform(rng, hand=(6,), open=(), led=(), where=(4,), value=(4,), places=places, yaw=(3,))
     pose = draws.between(_HAND_LOW, _HAND_HIGH, draw["hand"])
     joints = _random_joints(draw["where"], draw["value"])
     blocks = _random_blocks(draw["places"], draws.between(-np.pi, np.pi, draw["yaw"]))

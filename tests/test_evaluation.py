@@ -38,6 +38,14 @@ class Drawer:
         positions = state[:, None] + 0.1 * jnp.cumsum(actions[..., 0], axis=1)
         return positions[:, -1], self.observe(positions)
 
+    def start_expert(self, rng, task, state):
+        assert task.shape == state.shape
+        return state + 0.14  # where it wants the drawer
+
+    def act_expert(self, expert, state):
+        action = jnp.zeros((*state.shape, specs.ACTION_DIM)).at[:, 0].set(jnp.clip(10 * (expert - state), -0.5, 0.5))
+        return expert, action
+
 
 class Script:
     """Moves each episode's drawer by given speeds, [B, steps], and notes what it is told."""
@@ -119,6 +127,15 @@ def test_every_policy_meets_the_same_starts():
     other = Script(constant(0.0, 0.0))
     run(other, rng=jax.random.key(8))
     assert (other.starts[0][1] != slow.starts[0][1]).all()
+
+
+def test_a_scripted_expert_sees_the_state_before_each_action():
+    policy = evaluation.ScriptedPolicy(Drawer())
+    result = evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=6)
+    assert result.success.all()
+    assert result.steps.tolist() == [3] * 3  # 0.05 m a step
+    # In an open loop it would push on; it stops where it wanted to be.
+    np.testing.assert_allclose(result.actions[:, 0], [0.5, 0.5, 0.4, 0, 0, 0], atol=1e-5)
 
 
 def test_an_unknown_task_is_named():

@@ -123,6 +123,30 @@ def test_blocks_are_pushed_and_stay_on_the_table():
     assert at_edge.blocks[0, 1] >= -0.18
 
 
+def _wander(rng):
+    """Six random poses near and inside the fixtures, 25 steps each: positions and overlaps after every step."""
+    low = jnp.array([-0.38, -0.50, 0.30, np.pi - 0.5, -0.4, 0.0, -1.0])
+    high = jnp.array([0.40, 0.15, 0.62, np.pi + 0.7, 0.4, 2.2, 1.0])
+    start_rng, goal_rng = jax.random.split(rng)
+    goals = jax.random.uniform(goal_rng, (6, 7), minval=low, maxval=high)
+
+    def one(state, t):
+        shift = jnp.clip((goals[t // 25, :3] - state.target_position) / specs.POSITION_SCALE, -1, 1)
+        turn = jnp.clip((goals[t // 25, 3:6] - state.target_euler) / specs.EULER_SCALE, -1, 1)
+        state = dynamics.step(state, jnp.concatenate([shift, turn, jnp.sign(goals[t // 25, 6:])]))
+        return state, (state.position, dynamics.deepest_overlap(state))
+
+    return jax.lax.scan(one, starts.reset(start_rng), jnp.arange(150))[1]
+
+
+def test_the_hand_is_never_inside_anything_and_comes_free():
+    positions, overlaps = jax.jit(jax.vmap(_wander))(jax.random.split(jax.random.key(5), 64))
+    assert np.max(overlaps) < 0.002
+    assert np.max(np.linalg.norm(np.diff(positions, axis=1), axis=-1)) < 0.06  # nothing throws it
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(positions), 60, axis=1)
+    assert np.min(np.max(np.ptp(windows, axis=-1), axis=-1)) > 0.001
+
+
 @pytest.fixture(scope="module")
 def random_states():
     return jax.jit(jax.vmap(starts.reset))(jax.random.split(jax.random.key(3), 32))

@@ -96,8 +96,8 @@ def step(state: State, action: Array) -> State:
         target_euler=state.target_euler + specs.EULER_SCALE * action[3:6],
         gripper_command=jnp.where(action[6] > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE),
     )
-    state, _ = jax.lax.fori_loop(0, SUBSTEPS, lambda _, carry: _substep(*carry), (state, _deepest(state)))
-    return _lights(state)
+    carry = (state, deepest_overlap(state), jnp.int32(0))
+    return _lights(jax.lax.fori_loop(0, SUBSTEPS, lambda _, carry: _substep(*carry), carry)[0])
 
 
 def _lights(state: State) -> State:
@@ -111,35 +111,48 @@ def _lights(state: State) -> State:
     )
 
 
-def _substep(state: State, depth: Array) -> tuple[State, Array]:
-    """Moves everything by one substep; `depth` is the deepest overlap before it and, in what it returns, after it."""
+def _substep(state: State, depth: Array, jams: Array) -> tuple[State, Array, Array]:
+    """Moves everything by one substep.
+
+    Args:
+      state: one table.
+      depth: [], deepest overlap in it.
+      jams: int32 [], how many substeps before this one were jammed in a row. After a jam the hand tries to shift only,
+        then to turn only, then to move its fingers only, so that one blocked motion does not stop the others.
+
+    Returns:
+      the three after the substep.
+    """
     state = state.replace(held=jnp.where(state.gripper_command > 0, _NOT_HELD, state.held))
-    moved = _move_hand(state)
-    moved = moved.replace(opening=_next_opening(state))
+    kind = jams % 4
+    moved = _move_hand(state, (kind == 0) | (kind == 1), (kind == 0) | (kind == 2))
+    moved = moved.replace(opening=jnp.where((kind == 0) | (kind == 3), _next_opening(state), state.opening))
     spring = jnp.where(jnp.arange(geometry.NUM_JOINTS) == geometry.BUTTON, BUTTON_SPRING / SUBSTEPS, 0.0)
     moved = moved.replace(joints=jnp.maximum(moved.joints - spring, 0.0))
     moved = _pinch(moved)
     free = jax.lax.fori_loop(0, CONTACT_ROUNDS, lambda _, s: _resolve_deepest(s), moved)
     # Where overlaps cannot be taken back the hand is jammed (turned into a corner, say, or holding a bar and pushed off
-    # its joint's line by something else): nothing moves in this substep.
-    new_depth = _deepest(free)
+    # its joint's line by something else): nothing moves in this substep, and the next one tries less.
+    new_depth = deepest_overlap(free)
     pushed = jnp.linalg.norm(free.position - moved.position)
     most = jnp.where(state.held >= 0, 1e-4, jnp.maximum(MAX_PUSH, 3 * depth))
     jammed = (new_depth > jnp.maximum(depth, MAX_OVERLAP)) | (pushed > most)
     after = jax.tree.map(lambda old, new: jnp.where(jammed, old, new), state, free)
-    return after, jnp.where(jammed, depth, new_depth)
+    return after, jnp.where(jammed, depth, new_depth), jnp.where(jammed, jams + 1, 0)
 
 
-def _deepest(state: State) -> Array:
+def deepest_overlap(state: State) -> Array:
+    """How far the hand is inside anything, in metres; negative where it touches nothing: []."""
     return jnp.max(_contact_table(state, 0, len(_RADII))[0])
 
 
-def _move_hand(state: State) -> State:
+def _move_hand(state: State, may_shift: Array, may_turn: Array) -> State:
     """Moves the hand towards its target; if it holds a bar, only along the bar's joint and with the bar."""
     share = 1 - (1 - FOLLOW) ** (1 / SUBSTEPS)
     goal = jnp.clip(state.target_position, geometry.POSITION_LOW, geometry.POSITION_HIGH)
     shift = share * (goal - state.position)
     shift = shift * jnp.minimum(1.0, MAX_SPEED / SUBSTEPS / (jnp.linalg.norm(shift) + 1e-9))
+    shift = jnp.where(may_shift, shift, 0.0)
     turn_goal = jnp.clip(state.target_euler, geometry.EULER_LOW, geometry.EULER_HIGH)
     turn = jnp.clip(share * (turn_goal - state.euler), -MAX_TURN / SUBSTEPS, MAX_TURN / SUBSTEPS)
 
@@ -147,7 +160,8 @@ def _move_hand(state: State) -> State:
     along = geometry.JOINT_AXES @ shift
     joints = jnp.where(is_held, jnp.clip(state.joints + along, 0, geometry.JOINT_LIMITS), state.joints)
     held_shift = (joints - state.joints) @ geometry.JOINT_AXES
-    shift, turn = jnp.where(state.held >= 0, held_shift, shift), jnp.where(state.held >= 0, 0.0, turn)
+    shift = jnp.where(state.held >= 0, held_shift, shift)
+    turn = jnp.where(may_turn & (state.held < 0), turn, 0.0)
     return state.replace(position=state.position + shift, euler=state.euler + turn, joints=joints)
 
 

@@ -35,7 +35,23 @@ def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
             print(f"interrupted: {interruption}", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; a mistake in them ends in one line instead of a library's traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(CONFIG.value, "seed", None)  # a file that could not be loaded raises only now
+        return rest
+    except (AttributeError, KeyError) as error:  # an override of what the config does not have
+        overrides = [argument.partition("=")[0] for argument in argv if argument.startswith("--config.")]
+        named = [name for name in overrides if any(key in str(error) for key in name.split(".")[1:])]
+        sys.exit(f"error: {' or '.join(named) or '--config'}: the config has no such key ({error})")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        loading = any("config file" in line or "Traceback" in line for line in lines)  # the cause stands last
+        sys.exit(f"error: {lines[-1] if loading else '; '.join(lines)}")
 
 
 def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
@@ -52,13 +68,14 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
       ValueError: a value that cannot work, named, with the mend.
     """
     logging.set_verbosity(logging.WARNING)
+    # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them. JAX reads this once, when it
+    # first looks for devices.
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     check(config)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if len(jax.local_devices()) > 1 and jax.default_backend() == "cpu":
-        # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
     _check_workdir(config, workdir)
     return FrozenConfigDict(config)
 
@@ -79,13 +96,21 @@ def check(config: ConfigDict) -> None:
             f"config.reward.batch_size={config.reward.batch_size} must be even on each of {num_devices} devices: half "
             f"of a batch are successes; take a multiple of {2 * num_devices}"
         )
-    for stage in ("world_model", "policy", "reward"):
-        steps, call = config[stage].num_steps, config[stage].updates_per_call
+    lengths = {"world_model": "num_steps", "policy": "num_steps", "reward": "num_steps", "ppo": "num_iterations"}
+    for stage, key in lengths.items():
+        steps, call = config[stage][key], config[stage].updates_per_call
+        if call < 1:
+            raise ValueError(f"config.{stage}.updates_per_call={call}; expected 1 or more")
         if steps < 1 or steps % call:
             raise ValueError(
-                f"config.{stage}.num_steps={steps} is not a positive multiple of updates_per_call={call}; take "
+                f"config.{stage}.{key}={steps} is not a positive multiple of updates_per_call={call}; take "
                 f"{max(1, round(steps / call)) * call}"
             )
+    if config.policy.warmup_steps >= config.policy.num_steps:
+        raise ValueError(
+            f"config.policy.warmup_steps={config.policy.warmup_steps} must be less than num_steps="
+            f"{config.policy.num_steps}: the learning rate falls after it"
+        )
     if config.policy.finetuned_steps > config.policy.denoising_steps:
         raise ValueError(
             f"config.policy.finetuned_steps={config.policy.finetuned_steps} exceeds denoising_steps="

@@ -9,13 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
 from wam_jax import specs, world_model
 from wam_jax.types import LatentState, Observation, StepBatch
-
-jax.config.update("jax_disable_most_optimizations", True)  # the tests compile far longer than they compute
 
 ROOT = Path(__file__).resolve().parent.parent
 B, T = 4, 8
@@ -30,7 +29,13 @@ WORLD_MODEL = dict(
     decoder_dim=16,
     inverse_dynamics_dims=(16, 16),
     proprioception_dims=(16,),
+    kl_weight=3.0,
+    kl_balance=0.8,
+    proprioception_weight=10.0,
+    open_loop_weight=1.0,
     open_loop_steps=4,
+    learning_rate=1e-3,
+    final_learning_rate=1e-3,
     batch_size=B,
     window_length=T,
     num_steps=4,
@@ -48,6 +53,14 @@ REWARD = dict(
 PPO = dict(
     num_iterations=4, num_rollouts=8, horizon=3, epochs=2, critic_hidden_dim=16, updates_per_call=2, save_every=2
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """For modules that compile far longer than they compute: they make it their own by naming it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_config(method: str = "wam", **world_model_changes) -> ConfigDict:

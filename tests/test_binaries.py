@@ -6,9 +6,9 @@ import time
 
 import helpers
 import pytest
+import smoke_config
 from PIL import Image
 
-from tests import smoke_config
 from wam_jax import metrics, tables
 
 CONFIG = smoke_config.get_config()
@@ -37,7 +37,12 @@ def run(binary, workdir, *arguments, optimized=False):
 def files(workdir):
     """Every file that a finished stage should leave alone, with its time of change."""
     kept = [path for stage in STAGES for path in (workdir / stage).rglob("*") if path.is_file()]
-    kept += [*(workdir / "data").rglob("*.array_record*"), workdir / "metrics.jsonl", workdir / "rollout.gif", *(workdir / "evaluation").iterdir()]
+    kept += [
+        *(workdir / "data").rglob("*.array_record*"),
+        workdir / "metrics.jsonl",
+        workdir / "rollout.gif",
+        *(workdir / "evaluation").iterdir(),
+    ]
     return {str(path.relative_to(workdir)): path.stat().st_mtime_ns for path in kept}
 
 

@@ -12,6 +12,8 @@ import pytest
 from wam_jax import diffusion_policy, ppo
 from wam_jax.checkpoints import Checkpointer
 
+quick_compilation = helpers.quick_compilation
+
 
 def make_state(size=3):
     """Dicts, tuples, named tuples and empty states of optimisers, several dtypes."""

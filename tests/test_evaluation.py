@@ -16,6 +16,7 @@ from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.types import Observation
 
+quick_compilation = helpers.quick_compilation
 TASK = "open_drawer"  # solved once the drawer has moved more than 0.12 m
 CONFIG = FrozenConfigDict(helpers.make_config())
 RNG = jax.random.key(7)

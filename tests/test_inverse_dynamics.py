@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from wam_jax import inverse_dynamics, specs
 
+quick_compilation = helpers.quick_compilation
 B, T, E = 8, 6, 10
 HEAD = inverse_dynamics.build((64, 64), jnp.float32)
 

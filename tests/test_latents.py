@@ -9,6 +9,7 @@ import pytest
 
 from wam_jax import latents, world_model
 
+quick_compilation = helpers.quick_compilation
 CHUNK = 4
 LENGTHS = (6, 3, 9, 4)  # one is shorter than a chunk
 SETTINGS = helpers.make_model().settings

@@ -142,12 +142,10 @@ QUICKSTART = "--config=experiments/configs/quickstart.py"
 MISTAKES = {
     "value": ([QUICKSTART, "--config.world_model.batch_size=abc"], "config.world_model.batch_size"),
     "key": ([QUICKSTART, "--config.world_model.no_such=1"], "config.world_model.no_such"),
-    "flag": ([QUICKSTART, "--no_such_flag=1"], "no_such_flag"),
     "file": (["--config=experiments/configs/missing.py"], "experiments/configs/missing.py"),
     "file and key": (["--config=experiments/configs/missing.py", "--config.seed=1"], "experiments/configs/missing.py"),
     "method": (["--config=experiments/configs/quickstart.py:dreamer"], "unknown method 'dreamer'"),
     "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
-    "config": ([QUICKSTART, "--config.num_devices=999"], "num_devices=999"),
     "nothing": ([], "--config"),
 }
 

@@ -16,6 +16,7 @@ import pytest
 from wam_jax import metrics, parallel, training, world_model
 from wam_jax.checkpoints import Checkpointer
 
+quick_compilation = helpers.quick_compilation
 DEVICES = jax.local_devices()[:1]
 N = 2  # updates a call
 
@@ -109,7 +110,7 @@ def test_the_seed_matters(tmp_path):
 
 
 def test_the_world_model_resumes_bit_for_bit(tmp_path):
-    model = helpers.make_model(open_loop_weight=0.0)
+    model = helpers.make_model(open_loop_weight=0.0, proprioception_weight=0.0)
     run = parallel.compile_updates(
         functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME), DEVICES
     )

@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from wam_jax import specs, world_model
 from wam_jax.networks import rssm
 from wam_jax.networks.encoder import from_patches, to_patches
 
+quick_compilation = helpers.quick_compilation
 MODEL = make_model()
 without_noise = functools.partial(mock.patch.object, world_model, "sample_stochastic", sample_mode)
 
@@ -283,6 +285,20 @@ def test_kl_balance_moves_the_prior_four_times_as_much():
     np.testing.assert_allclose(gradients[1], 0.8 * expected[1], rtol=1e-4, atol=1e-7)
 
 
+def test_open_loop_trains_the_start_of_a_segment_and_none_of_its_targets():
+    batch = make_steps()
+
+    @jax.jit
+    @jax.grad
+    def gradient(robot_obs):
+        observed = batch.replace(observation=batch.observation.replace(robot_obs=robot_obs))
+        return compile_forward(MODEL)(params(), observed)[2]["open_loop_kl"]
+
+    size = np.abs(gradient(batch.observation.robot_obs)).sum(axis=(0, 2))
+    assert (size[:5] > 0).all()  # up to the start of the second segment
+    np.testing.assert_array_equal(size[5:], 0)
+
+
 def test_open_loop_weighs_its_kl_alike_with_and_without_proprioception():
     model = make_model(proprioception_weight=0.0)
     weights = {name: tree for name, tree in params().items() if name != "proprioception_decoder"}
@@ -299,7 +315,7 @@ def test_a_window_shorter_than_a_segment_is_named():
 @functools.cache
 def overfitted():
     """Metrics of the first and of the last of many updates on one batch."""
-    model = make_model(inverse_dynamics_dims=(32, 32), open_loop_steps=3, learning_rate=5e-3)
+    model = make_model(inverse_dynamics_dims=(32, 32), open_loop_steps=3, learning_rate=5e-3, final_learning_rate=5e-3)
     batch, rng = make_steps(shape=(2, 6)), jax.random.key(0)
 
     @jax.jit

@@ -71,10 +71,9 @@ def _rows(path: str) -> list[dict]:
 
 
 def _drop_rows(path: str, stage: str, first_step: int) -> None:
-    rows = _rows(path)
-    kept = [row for row in rows if row["stage"] != stage or row["step"] <= first_step]
-    if len(kept) == len(rows):
+    if not os.path.exists(path):
         return
-    with open(path + ".tmp", "w") as file:
+    kept = [row for row in _rows(path) if row["stage"] != stage or row["step"] <= first_step]
+    with open(path + ".tmp", "w") as file:  # always anew: a killed run's half line must not swallow the next row
         file.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(path + ".tmp", path)

@@ -14,14 +14,3 @@ def adamw(
     transforms = [optax.clip_by_global_norm(max_gradient_norm)] if max_gradient_norm > 0 else []
     transforms.append(optax.adamw(learning_rate, eps=epsilon, weight_decay=weight_decay))
     return optax.chain(*transforms)
-
-
-def warmup_cosine(peak: float, final: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear from `final` to `peak` over the warm-up, then cosine back to `final` at `total_steps`.
-
-    Raises:
-      ValueError: the warm-up leaves no step for the decay.
-    """
-    if warmup_steps >= total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} must be less than the total of {total_steps} steps")
-    return optax.warmup_cosine_decay_schedule(final, peak, warmup_steps, total_steps, final)

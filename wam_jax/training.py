@@ -1,5 +1,6 @@
 """The one training loop: resume, N updates a dispatch, metrics one dispatch behind, checkpoints, clean interruption."""
 
+import contextlib
 import itertools
 import signal
 import time
@@ -91,36 +92,34 @@ def fit(
     """
     if num_steps % updates_per_call:
         raise ValueError(f"{stage}: {num_steps} steps are not divisible by updates_per_call={updates_per_call}")
-    checkpointer = Checkpointer(f"{workdir}/{stage}")
-    step = checkpointer.latest_step() or 0
-    if step:
-        state = checkpointer.restore(state, settings)
-    if step >= num_steps:
-        checkpointer.close()
-        return state
-    state = parallel.replicate(state, devices)
-    writer = metrics_lib.MetricsWriter(workdir, stage, first_step=step)
-    batches = make_batches(step)
-    progress = tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05)
-    pending, last_saved, started = None, step, time.monotonic()
-    with Interruption() as interruption:
-        while step < num_steps and not interruption.requested:
-            state, metrics = run(state, next(batches), seed, step)
-            if pending is not None:  # read one dispatch behind, so that the device never waits for the host
+    with contextlib.ExitStack() as stack:  # whatever ends the run, saves under way are finished first
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(f"{workdir}/{stage}")))
+        step = checkpointer.latest_step() or 0
+        if step:
+            state = checkpointer.restore(state, settings)
+        if step >= num_steps:
+            return state
+        state = parallel.replicate(state, devices)
+        writer = stack.enter_context(contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step)))
+        batches = make_batches(step)
+        stack.callback(getattr(batches, "close", lambda: None))  # ends the loader's threads
+        progress = stack.enter_context(tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05))
+        pending, last_saved, started = None, step, time.monotonic()
+        with Interruption() as interruption:
+            while step < num_steps and not interruption.requested:
+                state, metrics = run(state, next(batches), seed, step)
+                if pending is not None:  # read one dispatch behind, so that the device never waits for the host
+                    _report(writer, progress, *pending, batches, started)
+                pending, step = (metrics, step), step + updates_per_call
+                if step - last_saved >= save_every and step < num_steps:
+                    metrics_lib.check_finite(metrics_lib.fetch(metrics), pending[1])
+                    checkpointer.save(step, parallel.unreplicate(state), settings)
+                    last_saved = step
+            if pending is not None:
                 _report(writer, progress, *pending, batches, started)
-            pending, step = (metrics, step), step + updates_per_call
-            if step - last_saved >= save_every and step < num_steps:
-                metrics_lib.check_finite(metrics_lib.fetch(metrics), pending[1])
-                checkpointer.save(step, parallel.unreplicate(state), settings)
-                last_saved = step
-        if pending is not None:
-            _report(writer, progress, *pending, batches, started)
-        state = jax.device_get(parallel.unreplicate(state))
-        checkpointer.save(step, state, settings)
-        checkpointer.close()
-    getattr(batches, "close", lambda: None)()  # ends the loader's threads
-    writer.close()
-    progress.close()
+            state = jax.device_get(parallel.unreplicate(state))
+            checkpointer.save(step, state, settings)
+            checkpointer.wait()
     if interruption.requested:
         raise KeyboardInterrupt(f"{stage} saved at step {step}; the same command goes on from there")
     return state

@@ -300,18 +300,20 @@ def _open_loop(model, params, posterior: LatentState, batch: StepBatch, rng: Arr
     start = jax.tree.map(lambda x: x[:, 0], posterior)
     imagined = imagine(model, params, start, segments(batch.action)[:, :-1], rng)
     kl = categorical_kl(lax.stop_gradient(posterior.logits[:, 1:]), imagined.logits).mean()
+    total = model.settings.kl_weight * kl
     if not model.settings.proprioception_weight:
-        return kl, {}
+        return total, {"open_loop_kl": kl}
     robot_obs = segments(batch.observation.robot_obs)[:, 1:]
     error = _proprioception(model, params, feature(imagined), robot_obs)
-    total = model.settings.kl_weight * kl + model.settings.proprioception_weight * error
+    total = total + model.settings.proprioception_weight * error
     return total, {"open_loop_kl": kl, "open_loop_proprioception": error}
 
 
 def make_optimizer(settings: Any) -> optax.GradientTransformation:
     """AdamW as in LUMOS and WAM: weight decay on every parameter, epsilon 1e-5, true gradients clipped."""
+    final_share = settings.final_learning_rate / settings.learning_rate
     return adamw(
-        settings.learning_rate,
+        optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=final_share),
         weight_decay=settings.weight_decay,
         epsilon=settings.adam_epsilon,
         max_gradient_norm=settings.max_gradient_norm,

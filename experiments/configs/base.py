@@ -60,6 +60,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "batch_size": 50,  # LUMOS ("500" in WAM's text, which no sampler of that family has)
             "window_length": 50,  # WAM, in steps of 1/30 s
             "learning_rate": 3e-4,  # WAM
+            "final_learning_rate": 3e-4,  # WAM: constant; less makes it a cosine over num_steps
             "weight_decay": 0.05,  # WAM
             "adam_epsilon": 1e-5,  # LUMOS
             "max_gradient_norm": 100.0,  # LUMOS, here on true gradients

@@ -17,8 +17,6 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.world_model.update(
         fused_dim=384,
         deterministic_dim=384,
-        num_latents=20,
-        num_classes=20,
         rssm_hidden_dim=384,
         decoder_dim=384,
         window_length=24,

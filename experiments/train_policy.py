@@ -24,7 +24,7 @@ def run(config, workdir: str) -> None:
         bank = latents.policy_bank(*encoded[task], settings.chunk)
         training.fit(
             compiled,
-            initial_state(config, task),
+            diffusion_policy.set_statistics(initial_state(config, task), bank, settings=settings),
             training.repeat(parallel.replicate(bank, devices)),
             stage=stage(task),
             workdir=workdir,

@@ -38,6 +38,8 @@ def make_settings(**changes):
         "weight_decay": 1e-6,
         "ema_decay": 0.98,
         "resample_latent": True,
+        "standardize": False,
+        "soft_feature": False,
         "batch_size": 32,
     }
     return ml_collections.FrozenConfigDict({**settings, **changes})
@@ -212,3 +214,26 @@ def test_losses_and_samples_are_float32(dtype):
         return state.params, metrics, diffusion_policy.act(policy, rssm.feature(batch.latent), rng, settings=settings)
 
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(jax.eval_shape(run, jax.random.key(0))))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_standardised_policy_sees_features_of_mean_zero_and_trains_their_constants_not_at_all(soft):
+    settings, batch = make_settings(standardize=True, soft_feature=soft, weight_decay=0.0), make_batch()
+    init = jax.jit(functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=settings))
+    state = jax.jit(functools.partial(diffusion_policy.set_statistics, settings=settings))(
+        init(jax.random.key(0)), batch
+    )
+    constants = jax.tree.map(np.asarray, state.params["params"]["standardized"])
+    rows = rssm.feature(batch.latent, soft=soft)
+    np.testing.assert_allclose(constants["mean"], rows.mean(0), rtol=1e-5, atol=1e-6)
+    # The network of standardised rows is the plain network of rows that were standardised by hand.
+    plain = {"params": {k: v for k, v in state.params["params"].items() if k != "standardized"}}
+    condition = jax.jit(diffusion_policy.condition, static_argnames="settings")
+    by_hand = condition(plain, (rows - rows.mean(0)) / constants["std"], settings=make_settings())
+    seen = condition(state.params, rows, settings=settings)
+    np.testing.assert_allclose(seen, by_hand, rtol=1e-4, atol=1e-5)
+    state, _ = jax.jit(functools.partial(diffusion_policy.update, settings=settings))(state, batch, jax.random.key(1))
+    for params in (state.params, state.ema_params):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6), params["params"]["standardized"], constants
+        )

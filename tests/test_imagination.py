@@ -31,6 +31,8 @@ POLICY_SETTINGS = ml_collections.FrozenConfigDict(
         "warmup_steps": 1,
         "decay_steps": 2,
         "weight_decay": 0.0,
+        "standardize": False,
+        "soft_feature": False,
     }
 )
 

@@ -24,6 +24,7 @@ def make_settings(**changes):
         "learning_rate": 1e-3,
         "weight_decay": 1e-4,
         "resample_latent": True,
+        "soft_feature": False,
         "batch_size": 32,
         "threshold": 0.5,
         "consecutive": 1,

@@ -8,7 +8,8 @@ Keys of `settings` (the papers' values):
     hidden_dim 512, num_blocks 1, time_dim 16, chunk 4, compute_dtype "float32"
     denoising_steps 20 (K), finetuned_steps 10 (F), exploration_std 0.1, evaluation_std 1e-3, noise_clip 3.0
     learning_rate 1e-4, final_learning_rate 1e-5, warmup_steps, decay_steps, weight_decay 1e-6, ema_decay 0.995
-    resample_latent True, batch_size 256 (per device; only `update_from_bank` reads it)
+    standardize False, soft_feature False, resample_latent True
+    batch_size 256 (per device; only `update_from_bank` reads it)
 
 Where this differs from DPPO's code:
   * The average of the parameters moves at every update; DPPO moves it every tenth epoch with the same decay, so its
@@ -36,6 +37,7 @@ from wam_jax.types import Array, LatentState, Metrics, Params
 
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
+MIN_FEATURE_STD = 0.02  # added, so that entries that hardly move in the demonstrations are not blown up
 LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
 
 
@@ -109,6 +111,7 @@ def denoiser(settings: Any, state_dim: int = 2048) -> Denoiser:
         time_dim=settings.time_dim,
         chunk=settings.chunk,
         state_dim=state_dim,
+        standardize=settings.standardize,
         dtype=jnp.dtype(settings.compute_dtype),
     )
 
@@ -138,6 +141,28 @@ def init(rng: Array, state_dim: int, settings: Any) -> PolicyState:
     )
 
 
+def features(latent: LatentState, *, settings: Any) -> Array:
+    """What the policy sees of a latent: [..., state_dim], sampled or, with `soft_feature`, expected z."""
+    return rssm.feature(latent, soft=settings.soft_feature)
+
+
+def set_statistics(state: PolicyState, bank: PolicyBatch, *, settings: Any) -> PolicyState:
+    """Sets the constants of `Standardize` from the demonstrations' features; without `standardize` changes nothing.
+
+    Features differ in scale by orders of magnitude, and a centimetre of the hand is a small part of each: with the true
+    state in place of latents, cloning went from 14 to 97 % (open drawer, 64 episodes) by standardising alone.
+    """
+    if not settings.standardize:
+        return state
+    rows = features(bank.latent, settings=settings)
+    constants = {"mean": jnp.mean(rows, axis=0), "std": jnp.std(rows, axis=0) + MIN_FEATURE_STD}
+
+    def with_constants(params):
+        return {"params": {**params["params"], "standardized": constants}}
+
+    return state.replace(params=with_constants(state.params), ema_params=with_constants(state.ema_params))
+
+
 def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tuple[Array, Metrics]:
     """Mean squared error of the predicted noise at uniformly drawn steps (Ho et al. 2020, eq. 14).
 
@@ -158,7 +183,8 @@ def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tu
     noise = jax.random.normal(noise_rng, batch.action.shape)
     alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
     noisy_chunk = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1 - alpha_bar) * noise
-    predicted = denoiser(settings).apply(params, noisy_chunk, step, rssm.feature(latent), method="denoise")
+    state = features(latent, settings=settings)
+    predicted = denoiser(settings).apply(params, noisy_chunk, step, state, method="denoise")
     error = jnp.mean(jnp.square(predicted - noise))
     return error, {"bc_loss": error}
 

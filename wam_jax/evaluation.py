@@ -150,7 +150,9 @@ def _latent_policy_functions(model: WorldModel, settings: Any) -> tuple[Callable
         return world_model.observe_step(model, params, latent, neutral, observation, rng)
 
     def act(policy, latent, rng):
-        chunk = diffusion_policy.act(policy, world_model.feature(latent), rng, settings=settings)
+        chunk = diffusion_policy.act(
+            policy, diffusion_policy.features(latent, settings=settings), rng, settings=settings
+        )
         return diffusion_policy.executed(chunk)
 
     def observe(params, latent, action, observation, rng):

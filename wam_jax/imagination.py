@@ -92,6 +92,7 @@ def step_chunk(
     *,
     imagine_step: ImagineStep,
     reward_rule: RewardRule,
+    policy_settings: Any,
     settings: Any,
 ) -> tuple[ImaginedState, Array, Array, Array]:
     """Executes one decision in every episode.
@@ -103,6 +104,7 @@ def step_chunk(
       inputs: world model and reward parameters.
       imagine_step: one step of the world model's prior.
       reward_rule: judges each latent.
+      policy_settings: see diffusion_policy; what the reward rule sees of a latent is what the policy sees.
       settings: see the module.
 
     Returns:
@@ -114,7 +116,9 @@ def step_chunk(
         stepped = imagine_step(inputs.world_model_params, latent, *action_and_rng)
         # The bank decides the dtypes: a scan's carry may not change them.
         latent = jax.tree.map(lambda new, old: new.astype(old.dtype), stepped, latent)
-        solved, count = reward_rule(inputs.reward_params, rssm.feature(latent), count)
+        solved, count = reward_rule(
+            inputs.reward_params, diffusion_policy.features(latent, settings=policy_settings), count
+        )
         return (latent, count, success | solved), None
 
     actions = jnp.moveaxis(diffusion_policy.executed(chunk), 1, 0)
@@ -152,18 +156,20 @@ def rollout(
 
     def decide(state, rng):
         policy_rng, model_rng = jax.random.split(rng)
-        feature = rssm.feature(state.latent)
+        feature = diffusion_policy.features(state.latent, settings=policy_settings)
         chunk, chain = diffusion_policy.sample(policy, feature, policy_rng, explore=explore, settings=policy_settings)
         next_state, reward, terminated, truncated = step_chunk(
-            state, chunk, model_rng, inputs, imagine_step=imagine_step, reward_rule=reward_rule, settings=settings
-        )
+            state, chunk, model_rng, inputs, imagine_step=imagine_step, reward_rule=reward_rule,
+            policy_settings=policy_settings, settings=settings,
+        )  # fmt: skip
         return next_state, (feature, chain, reward, terminated, truncated, ~state.done)
 
     reset_rng, decision_rng = jax.random.split(rng)
     state = reset(inputs.start, reset_rng, settings=settings)
     last_state, decisions = lax.scan(decide, state, jax.random.split(decision_rng, settings.horizon))
     feature, chain, reward, terminated, truncated, valid = decisions
-    return Rollout(feature, rssm.feature(last_state.latent), chain, reward, terminated, truncated, valid)
+    last_feature = diffusion_policy.features(last_state.latent, settings=policy_settings)
+    return Rollout(feature, last_feature, chain, reward, terminated, truncated, valid)
 
 
 def success_rate(episodes: Rollout) -> Array:

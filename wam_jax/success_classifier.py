@@ -112,7 +112,7 @@ def loss(params: Params, batch: ClassifierBatch, rng: Array, *, settings: Any) -
     latent = batch.latent
     if settings.resample_latent:
         latent = latent.replace(stochastic=rssm.sample_stochastic(latent.logits, rng))
-    embedding, logit = network(settings).apply(params, rssm.feature(latent))
+    embedding, logit = network(settings).apply(params, rssm.feature(latent, soft=settings.soft_feature))
     contrastive = contrastive_loss(embedding, batch.label, settings.temperature)
     cross_entropy = jnp.mean(optax.sigmoid_binary_cross_entropy(logit, batch.label))
     accuracy = jnp.mean((logit > 0) == (batch.label == 1))
@@ -205,7 +205,10 @@ def evaluate(params: Params, batch: ClassifierBatch, *, settings: Any) -> Metric
     Returns:
       float32 scalars: precision (0 where nothing is called a success), recall, accuracy, and the share of successes.
     """
-    positive = success_probability(params, rssm.feature(batch.latent), settings=settings) > settings.threshold
+    positive = (
+        success_probability(params, rssm.feature(batch.latent, soft=settings.soft_feature), settings=settings)
+        > settings.threshold
+    )
     success, failure = batch.label == 1, batch.label == 0
     true_positives, false_positives = jnp.sum(positive & success), jnp.sum(positive & failure)
     labelled = jnp.maximum(jnp.sum(success) + jnp.sum(failure), 1)

@@ -88,6 +88,8 @@ def get_config(method: str = "wam") -> ConfigDict:
             "weight_decay": 1e-6,  # WAM
             "ema_decay": 0.995,  # WAM
             "resample_latent": True,  # z drawn anew at every update
+            "soft_feature": False,  # True: expected z in place of samples, for reward and PPO too
+            "standardize": False,  # True: features standardised over the demonstrations
             "num_steps": 40_000,  # WAM: 5,000 epochs of 50 demonstrations, about 8 batches each
             "updates_per_call": 100,
             "save_every": 5000,

@@ -25,7 +25,7 @@ def get_config(method: str = "wam") -> ConfigDict:
         decoder_width=32,
         decoder_dim=256,
         inverse_dynamics_dims=(256, 256),
-        kl_weight=0.1,
+        kl_weight=1.0,
         proprioception_weight=1000.0,
         open_loop_weight=1.0,
         open_loop_steps=8,
@@ -38,7 +38,16 @@ def get_config(method: str = "wam") -> ConfigDict:
         updates_per_call=10,
         save_every=400,
     )
-    config.policy.update(hidden_dim=256, learning_rate=1e-3, final_learning_rate=1e-5, num_steps=2000, save_every=2000)
+    config.policy.update(
+        soft_feature=True,
+        standardize=True,
+        resample_latent=False,
+        hidden_dim=256,
+        learning_rate=1e-3,
+        final_learning_rate=1e-5,
+        num_steps=2000,
+        save_every=2000,
+    )
     config.reward.update(
         embedding_dims=(128, 128), classification_dims=(128, 128), consecutive=4, num_steps=500, save_every=500
     )

@@ -67,6 +67,16 @@ class ResidualBlock(nn.Module):
         return x + nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(mish(hidden))
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std with constants that are set from data before training and get no gradient."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        mean = self.param("mean", nn.initializers.zeros, x.shape[-1:])
+        std = self.param("std", nn.initializers.ones, x.shape[-1:])
+        return (x - jax.lax.stop_gradient(mean)) / jax.lax.stop_gradient(std)
+
+
 class Denoiser(nn.Module):
     """Predicts the noise in a chunk of actions from the chunk, the denoising step and the state."""
 
@@ -75,10 +85,12 @@ class Denoiser(nn.Module):
     time_dim: int = 16
     chunk: int = 4
     state_dim: int = 2048  # only the initialisation reads it
+    standardize: bool = False  # DPPO and DiWA feed the state as it is
     dtype: Any = jnp.float32
 
     def setup(self):
         inputs = self.chunk * specs.ACTION_DIM + self.time_dim + self.state_dim
+        self.standardized = Standardize() if self.standardize else lambda state: state
         self.state_in = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=_uniform(inputs))
         self.chunk_in = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, kernel_init=_uniform(inputs))
         self.time_hidden = nn.Dense(2 * self.time_dim, kernel_init=_uniform())
@@ -88,7 +100,7 @@ class Denoiser(nn.Module):
 
     def condition(self, state: Array) -> Array:
         """The state's share of the first layer: [..., state] -> [..., hidden]."""
-        return self.state_in(state)
+        return self.state_in(self.standardized(state))
 
     def __call__(self, noisy_chunk: Array, step: Array, condition: Array) -> Array:
         """Predicts the noise; leading axes broadcast against each other.

@@ -12,6 +12,7 @@ from typing import Any
 
 import distrax
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from wam_jax.networks.layers import NormElu, dense
@@ -20,9 +21,15 @@ from wam_jax.types import Array, LatentState
 _StraightThroughOneHot = distrax.straight_through_wrapper(distrax.OneHotCategorical)
 
 
-def feature(latent: LatentState) -> Array:
-    """The model's state as policy, critic, classifier and decoder see it: [h; z], [..., D + S*V], h first."""
-    stochastic = latent.stochastic
+def feature(latent: LatentState, *, soft: bool = False) -> Array:
+    """The model's state as policy, critic, classifier and decoder see it: [h; z], [..., D + S*V], h first.
+
+    Args:
+      latent: states [...].
+      soft: the probabilities of the categoricals in place of the sample drawn from them: the expectation of z, without
+        the noise of sampling. LUMOS, DiWA and WAM use the sample.
+    """
+    stochastic = jax.nn.softmax(latent.logits) if soft else latent.stochastic
     flat = stochastic.reshape(*stochastic.shape[:-2], -1)
     return jnp.concatenate([latent.deterministic, flat.astype(latent.deterministic.dtype)], axis=-1)
 

@@ -68,7 +68,9 @@ def make_inputs(goal, start=None):
 PAIR = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
 STATIC = {"imagine_step": imagine_step, "reward_rule": reward_rule}
 reset = jax.jit(functools.partial(imagination.reset, settings=SETTINGS))
-step_chunk = jax.jit(functools.partial(imagination.step_chunk, settings=PAIR, **STATIC))
+step_chunk = jax.jit(
+    functools.partial(imagination.step_chunk, policy_settings=POLICY_SETTINGS, settings=PAIR, **STATIC)
+)
 
 
 def rollout(inputs, rng):

@@ -145,7 +145,7 @@ def stage_settings():
     """Settings of policy, classifier and PPO as their binaries derive them for eight devices."""
     config = helpers.make_config()
     policy = helpers.freeze(config.policy, batch_size=2, decay_steps=4)
-    reward = helpers.freeze(config.reward, batch_size=2)
+    reward = helpers.freeze(config.reward, batch_size=2, soft_feature=config.policy.soft_feature)
     return policy, reward, helpers.freeze(config.ppo, num_rollouts=2)
 
 

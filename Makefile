@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy
 
 smoke: setup
-	$(BIN)/python -m pytest -q tests/smoke
+	$(BIN)/python -m pytest -q tests/test_binaries.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -15,8 +15,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. expe
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
 PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of the datasets that are collected
-# What may change between two commands in one workdir; everything else decides what its files mean.
-_FREE = ("num_devices", "evaluation.", ".updates_per_call", ".save_every", ".num_steps", ".num_iterations", ".cache")
+# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
+# the world model, say, would leave policies behind that were cloned on other latents.
+_FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
 
 
 def main(run: Callable[[FrozenConfigDict, str], None]) -> None:

@@ -101,11 +101,20 @@ def test_all_differences_are_counted(tmp_path):
 def test_what_does_not_change_the_files_may_change(tmp_path):
     launch.prepare(helpers.make_config(), str(tmp_path))
     config = helpers.make_config()
-    for path, value in (("evaluation.num_episodes", 3), ("world_model.num_steps", 8), ("policy.save_every", 1)):
+    for path, value in (("evaluation.num_episodes", 3), ("world_model.save_every", 8), ("policy.save_every", 1)):
         change(path, value, config)
     launch.prepare(config, str(tmp_path))
     with open(tmp_path / "config.json") as file:
-        assert json.load(file)["world_model"]["num_steps"] == 8
+        assert json.load(file)["world_model"]["save_every"] == 8
+
+
+def test_a_longer_training_needs_a_workdir_of_its_own(tmp_path):
+    """Later stages there were trained on the latents of the shorter one."""
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    config = helpers.make_config()
+    change("world_model.num_steps", 8, config)
+    with pytest.raises(ValueError, match=r"config.world_model.num_steps=\d+, not 8.*use another --workdir"):
+        launch.prepare(config, str(tmp_path))
 
 
 def test_virtual_cpu_devices_run_in_step_with_the_host(tmp_path, monkeypatch, updates):

@@ -42,6 +42,7 @@ class Checkpointer:
         Raises:
           ValueError: there is no checkpoint, or it is of another size.
         """
+        self.wait()  # a save under way counts as the latest step before it can be read
         step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(f"no checkpoint in {self.directory}; run the stage that writes it first")

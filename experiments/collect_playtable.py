@@ -1,4 +1,4 @@
-"""Collects Playtable's datasets: play chained from noisy experts, and demonstrations of every task.
+"""Collects Playtable's datasets: play chained from noisy experts, and demonstrations of the tasks.
 
 python -m experiments.collect_playtable --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 """
@@ -19,6 +19,12 @@ EPISODES_PER_SHARD = 16  # also how many are simulated side by side
 
 def run(config, workdir: str) -> None:
     """Collects what is missing; a finished dataset is left alone."""
+    for key in ("play", "demonstrations"):
+        if config.environment != "playtable" and not config.dataset[key]:
+            raise ValueError(
+                f"config.dataset.{key} is empty, and environment {config.environment!r} is not collected here; give "
+                f"its shards: --config.dataset.{key}=DIR (see data/README.md)"
+            )
     play_directory, demonstration_directory = launch.dataset_directories(config, workdir)
     if not config.dataset.play:
         collect_play(play_directory, config)
@@ -52,15 +58,16 @@ def _play_episodes(rng, size: int, steps: int, name: str) -> Iterator[rlds.Episo
 
 
 def collect_demonstrations(directory: str, config) -> None:
-    """Writes one shard of successful demonstrations for each of the eight tasks."""
-    count = config.dataset.demonstrations_per_task
-    rlds.start_dataset(directory, {"kind": "demonstrations", "seed": config.seed, "per_task": count})
+    """Writes one shard of successful demonstrations for each of the config's tasks."""
+    count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
+    plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
+    rlds.start_dataset(directory, plan)
     spec = rlds.DatasetSpec(launch.DEMONSTRATIONS, (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
     lengths = []
-    for index, task in enumerate(tqdm(specs.TASKS, desc="collecting demonstrations", unit="task")):
+    for index, task in enumerate(tqdm(tasks, desc="collecting demonstrations", unit="task")):
         episodes = _demonstrations(config.seed, task, count)
-        lengths.append(rlds.write_shard(directory, spec, "train", index, len(specs.TASKS), episodes))
-    rlds.finish_dataset(directory, spec, {"train": lengths}, "Playtable: successful demonstrations of eight tasks.")
+        lengths.append(rlds.write_shard(directory, spec, "train", index, len(tasks), episodes))
+    rlds.finish_dataset(directory, spec, {"train": lengths}, "Playtable: successful demonstrations.")
 
 
 def _demonstrations(seed: int, task: str, count: int) -> Iterator[rlds.Episode]:

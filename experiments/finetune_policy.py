@@ -17,6 +17,9 @@ from wam_jax.world_model import WorldModel
 def run(config, workdir: str) -> None:
     """Runs `ppo.num_iterations` iterations for every task."""
     settings = ppo_settings(config)
+    tasks = [task for task in config.tasks if training.steps_done(workdir, stage(task)) < settings.num_iterations]
+    if not tasks:
+        return
     devices = parallel.local_devices(config.num_devices)
     model, world_model_params = train_world_model.load(config, workdir)
     update = functools.partial(
@@ -28,7 +31,7 @@ def run(config, workdir: str) -> None:
     )
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     demonstrations = train_policy.encode_demonstrations(config, workdir)
-    for task in config.tasks:
+    for task in tasks:
         inputs = imagination.ImaginationInputs(
             start=latents.start_bank(demonstrations[task][0], settings.max_start_step),
             world_model_params=world_model_params,

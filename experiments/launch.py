@@ -9,7 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from wam_jax import parallel, specs, world_model
+from wam_jax import environments, parallel, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -68,7 +68,8 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     Raises:
       ValueError: a value that cannot work, named, with the mend.
     """
-    logging.set_verbosity(logging.WARNING)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them. JAX reads this once, when it
     # first looks for devices.
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -83,6 +84,10 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Checks the values of a config that no later stage should trip over."""
+    if config.environment not in environments.ENVIRONMENTS:
+        raise ValueError(
+            f"config.environment={config.environment!r}; expected one of {', '.join(environments.ENVIRONMENTS)}"
+        )
     for task in config.tasks:
         specs.task_index(task)
     specs.task_index(config.evaluation.video_task)

@@ -27,6 +27,7 @@ VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
 def run(config, workdir: str) -> None:
     """Runs every stage and prints the table."""
+    environments.make(config.environment)  # before hours of work, not after them
     stages = {
         "collect": collect_playtable.run,
         "world_model": train_world_model.run,
@@ -40,31 +41,33 @@ def run(config, workdir: str) -> None:
     for number, (name, stage) in enumerate(stages.items(), start=1):
         print(f"[{number}/{len(stages)}] {name}", flush=True)
         started = time.monotonic()
-        stage(config, workdir)
-        note_seconds(workdir, name, time.monotonic() - started)
+        try:
+            stage(config, workdir)
+        finally:  # an interrupted stage has cost its seconds too
+            note_seconds(workdir, name, time.monotonic() - started)
     rows = evaluate.write_table(workdir)
     print(f"\n{tables.markdown(rows)}\nwritten to {workdir}: table.md, table.json, rollout.gif, metrics.jsonl, ...")
 
 
 def film(config, workdir: str) -> None:
-    """Writes rollout.gif: an episode of the final policy beside the model's open-loop prediction of it."""
+    """Writes rollout.gif: the first evaluated episode of the final policy beside the model's open-loop prediction."""
     path = os.path.join(workdir, "rollout.gif")
     if os.path.exists(path):
         return
     task = config.evaluation.video_task if config.evaluation.video_task in config.tasks else config.tasks[0]
     policy = evaluate.latent_policy(config, workdir, "ppo", task)
     rng = jax.random.key(config.evaluation.seed)
-    max_steps = config.evaluation.max_steps
-    result = evaluation.rollout(
-        environments.make(config.environment), policy, task, rng, num_episodes=1, max_steps=max_steps
-    )
+    result = evaluation.rollout(  # all episodes again: the evaluation's compiled programs serve
+        environments.make(config.environment), policy, task, rng,
+        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
+    )  # fmt: skip
     model, params = train_world_model.load(config, workdir)
     predicted = videos.open_loop(model, params, result.video, result.actions, rng, context=VIDEO_CONTEXT)
     videos.save_gif(path, videos.side_by_side(result.video, predicted, context=VIDEO_CONTEXT))
 
 
 def note_seconds(workdir: str, stage: str, seconds: float) -> None:
-    """Adds a stage's wall seconds to stages.json; a skipped stage keeps the figure of the run that did the work."""
+    """Adds wall seconds to a stage's sum in stages.json, over all runs that worked on it."""
     path = os.path.join(workdir, "stages.json")
     notes = {}
     if os.path.exists(path):
@@ -72,7 +75,7 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
             notes = json.load(file)
     notes["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}"
     notes.setdefault("seconds", {})
-    notes["seconds"][stage] = round(max(seconds, notes["seconds"].get(stage, 0.0)), 1)
+    notes["seconds"][stage] = round(notes["seconds"].get(stage, 0.0) + seconds, 1)
     with open(path + ".tmp", "w") as file:
         json.dump(notes, file, indent=1)
     os.replace(path + ".tmp", path)

@@ -16,15 +16,19 @@ from wam_jax.types import LatentState, Params, StepBatch
 def run(config, workdir: str) -> None:
     """Trains the policy of every task to `policy.num_steps`."""
     settings = policy_settings(config)
+    tasks = [task for task in config.tasks if training.steps_done(workdir, stage(task)) < settings.num_steps]
+    if not tasks:
+        return
     devices = parallel.local_devices(config.num_devices)
     update = functools.partial(diffusion_policy.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     encoded = encode_demonstrations(config, workdir)
-    for task in config.tasks:
-        bank = latents.policy_bank(*encoded[task], settings.chunk)
+    banks = latents.pad_policy_banks([latents.policy_bank(*encoded[task], settings.chunk) for task in tasks])
+    for task, bank in zip(tasks, banks, strict=True):
+        demonstrated = latents.latent_at(bank.rows.latent, slice(0, int(bank.num_rows)))
         training.fit(
             compiled,
-            diffusion_policy.set_statistics(initial_state(config, task), bank, settings=settings),
+            diffusion_policy.set_statistics(initial_state(config, task), demonstrated, settings=settings),
             training.repeat(parallel.replicate(bank, devices)),
             stage=stage(task),
             workdir=workdir,
@@ -55,6 +59,7 @@ def initial_state(config, task: str) -> diffusion_policy.PolicyState:
     return diffusion_policy.init(rng, world_model.feature_dim(config.world_model), policy_settings(config))
 
 
+@functools.lru_cache(maxsize=1)  # policy, reward and PPO of one run read the same
 def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
     """The demonstrations of each task and their latents under the workdir's world model."""
     model, params = train_world_model.load(config, workdir)

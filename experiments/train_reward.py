@@ -19,18 +19,27 @@ from wam_jax.types import LatentState, Params, StepBatch
 def run(config, workdir: str) -> None:
     """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play."""
     settings = reward_settings(config)
+    quality = read_quality(workdir)
+    tasks = [
+        task
+        for task in config.tasks
+        if training.steps_done(workdir, stage(task)) < settings.num_steps or task not in quality
+    ]
+    if not tasks:
+        return
     devices = parallel.local_devices(config.num_devices)
     update = functools.partial(success_classifier.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     demonstrations = train_policy.encode_demonstrations(config, workdir)
     held_out = encode_attempts(config, workdir, "validation")
     play = encode_attempts(config, workdir, "train") if settings.use_play else {}
-    quality = {}
-    for task in config.tasks:
+    banks = []
+    for task in tasks:
         more_latents, more_episodes = play.get(task, ([], []))
         demonstrated, episodes = demonstrations[task]
-        bank = latents.classifier_bank(demonstrated + more_latents, episodes + more_episodes)
-        success_classifier.check_labels(bank.label)
+        banks.append(latents.classifier_bank(demonstrated + more_latents, episodes + more_episodes))
+        success_classifier.check_labels(banks[-1].label)
+    for task, bank in zip(tasks, latents.pad_classifier_banks(banks), strict=True):
         state = training.fit(
             compiled,
             initial_state(config, task),
@@ -45,7 +54,7 @@ def run(config, workdir: str) -> None:
             devices=devices,
         )
         quality[task] = _quality(state.params, bank, held_out[task], settings)
-    write_quality(workdir, quality)
+        write_quality(workdir, quality)
 
 
 def stage(task: str) -> str:
@@ -86,6 +95,15 @@ def _quality(params: Params, bank, held_out, settings) -> dict:
         rows = latents.classifier_bank(*held_out)
         measured["held_out"] = success_classifier.evaluate(params, rows, settings=settings)
     return jax.tree.map(lambda x: round(float(np.asarray(x)), 4), measured)
+
+
+def read_quality(workdir: str) -> dict:
+    """What `write_quality` has written, {} where it has not."""
+    path = os.path.join(workdir, "reward", "quality.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
 
 
 def write_quality(workdir: str, quality: dict) -> None:

@@ -19,6 +19,8 @@ STAGE = "world_model"
 def run(config, workdir: str) -> None:
     """Trains to `world_model.num_steps`, from the newest checkpoint where there is one."""
     settings = config.world_model
+    if training.steps_done(workdir, STAGE) >= settings.num_steps:
+        return
     play_directory, _ = launch.dataset_directories(config, workdir)
     devices = parallel.local_devices(config.num_devices)
     model = world_model.build(settings)
@@ -39,7 +41,7 @@ def run(config, workdir: str) -> None:
 
     training.fit(
         parallel.compile_updates(update, devices),
-        world_model.create_state(model, jax.random.key(config.seed)),
+        jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(config.seed)),
         make_batches,
         stage=STAGE,
         workdir=workdir,

@@ -34,6 +34,7 @@ WORLD_MODEL = dict(
     proprioception_weight=10.0,
     open_loop_weight=1.0,
     open_loop_steps=4,
+    soft_prior=False,
     learning_rate=1e-3,
     final_learning_rate=1e-3,
     batch_size=B,

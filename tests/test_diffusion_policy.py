@@ -123,9 +123,11 @@ def test_condition_equals_concatenation():
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
     settings, batch = make_settings(), make_batch()
     state = init(jax.random.key(0))
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.full_like(x, jnp.nan)]), batch)  # would be noticed
+    bank = diffusion_policy.PolicyBank(padded, jnp.int32(len(batch.action)))
 
     def step(state, rng):
-        new, metrics = diffusion_policy.update_from_bank(state, batch, rng, settings=settings)
+        new, metrics = diffusion_policy.update_from_bank(state, bank, rng, settings=settings)
         average = jax.tree.map(lambda old, now: 0.98 * old + 0.02 * now, state.ema_params, new.params)
         gap = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), average, new.ema_params)
         return new, (metrics["bc_loss"], jnp.stack(jax.tree.leaves(gap)).max())
@@ -221,7 +223,7 @@ def test_standardised_policy_sees_features_of_mean_zero_and_trains_their_constan
     settings, batch = make_settings(standardize=True, soft_feature=soft, weight_decay=0.0), make_batch()
     init = jax.jit(functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=settings))
     state = jax.jit(functools.partial(diffusion_policy.set_statistics, settings=settings))(
-        init(jax.random.key(0)), batch
+        init(jax.random.key(0)), batch.latent
     )
     constants = jax.tree.map(np.asarray, state.params["params"]["standardized"])
     rows = rssm.feature(batch.latent, soft=soft)

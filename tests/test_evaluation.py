@@ -233,10 +233,11 @@ def workdir(tmp_path_factory):
     _, model_state = trained_world_model()
     save(path, train_world_model.STAGE, model_state, CONFIG.world_model)
     settings = train_policy.policy_settings(CONFIG)
-    bank = diffusion_policy.PolicyBatch(
+    rows = diffusion_policy.PolicyBatch(
         helpers.make_latents(0, (20,), CONFIG.world_model),
         np.random.default_rng(0).uniform(-1, 1, (20, settings.chunk, 7)).astype(np.float32),
     )
+    bank = diffusion_policy.PolicyBank(rows, np.int32(20))
     update = functools.partial(diffusion_policy.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
     policy = fit(path, f"policy/{TASK}", update, train_policy.initial_state(CONFIG, TASK), bank, settings)
 

@@ -31,11 +31,12 @@ def test_a_row_of_the_policy_bank_pairs_a_latent_with_the_actions_from_there_on(
     episodes, encoded = make_episodes()
     bank = latents.policy_bank(encoded, episodes, CHUNK)
     windows = [(index, start) for index, length in enumerate(LENGTHS) for start in range(length - CHUNK + 1)]
-    assert bank.action.shape == (len(windows), CHUNK, 7)
-    assert bank.action.dtype == np.float32
+    assert bank.num_rows == len(windows)
+    assert bank.rows.action.shape == (len(windows), CHUNK, 7)
+    assert bank.rows.action.dtype == np.float32
     for row, (index, start) in enumerate(windows):
-        np.testing.assert_array_equal(bank.action[row], episodes[index].action[start : start + CHUNK])
-        helpers.assert_equal(latents.latent_at(bank.latent, row), latents.latent_at(encoded[index], start))
+        np.testing.assert_array_equal(bank.rows.action[row], episodes[index].action[start : start + CHUNK])
+        helpers.assert_equal(latents.latent_at(bank.rows.latent, row), latents.latent_at(encoded[index], start))
 
 
 def test_no_demonstration_as_long_as_a_chunk_is_named():
@@ -52,6 +53,25 @@ def test_the_classifier_bank_labels_every_latent_by_the_reward():
     bank = latents.classifier_bank(encoded, episodes)
     assert bank.label.tolist() == [0, 1, 1, 0, 0]
     assert bank.latent.deterministic[:, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+
+
+def test_padding_makes_banks_of_one_size_and_leaves_their_rows():
+    banks = [latents.policy_bank(*reversed(make_episodes(lengths)), CHUNK) for lengths in ((6, 9), (5,))]
+    padded = latents.pad_policy_banks(banks)
+    assert [int(bank.num_rows) for bank in padded] == [9, 2]
+    for bank, old in zip(padded, banks, strict=True):
+        assert bank.rows.action.shape[0] == bank.rows.latent.logits.shape[0] == 9
+        helpers.assert_equal(jax.tree.map(lambda x, rows=old.num_rows: x[:rows], bank.rows), old.rows)
+
+
+def test_padding_of_the_classifier_bank_is_neither_success_nor_failure():
+    banks = []
+    for lengths in ((3, 2), (4,)):
+        episodes, encoded = make_episodes(lengths)
+        banks.append(latents.classifier_bank(encoded, episodes))
+    padded = latents.pad_classifier_banks(banks)
+    assert [bank.label.tolist()[4:] for bank in padded] == [banks[0].label.tolist()[4:], [-1]]
+    assert padded[1].latent.deterministic.shape[0] == 5
 
 
 @pytest.mark.parametrize(("last", "steps"), [(0, [0]), (2, [0, 1, 2])])

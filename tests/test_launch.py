@@ -8,7 +8,7 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import launch
+from experiments import collect_playtable, launch, reproduce
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
     ("path", "value", "message"),
     [
         ("tasks", ("open_drawer", "open_door"), "unknown task 'open_door'; expected one of open_drawer"),
+        ("environment", "kitchen", "config.environment='kitchen'; expected one of playtable, calvin"),
         ("evaluation.video_task", "fly", "unknown task 'fly'; expected one of open_drawer"),
         ("num_devices", 999, "num_devices=999, but this host has .*; ask for at most"),
         ("num_devices", -1, "num_devices=-1, but this host has"),
@@ -143,6 +144,15 @@ def test_datasets_are_the_configs_or_the_workdirs():
     )  # fmt: skip
     config = FrozenConfigDict(change("dataset.play", "elsewhere"))
     assert launch.dataset_directories(config, "run") == ("elsewhere", f"run/data/{launch.DEMONSTRATIONS}")
+
+
+def test_recorded_data_is_neither_collected_nor_evaluated(tmp_path):
+    config = FrozenConfigDict(change("environment", "calvin"))
+    with pytest.raises(ValueError, match="config.dataset.play is empty, .* --config.dataset.play=DIR"):
+        collect_playtable.run(config, str(tmp_path))
+    with pytest.raises(ValueError, match="no simulator yet"):
+        reproduce.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 # --- As a user meets it ---

@@ -174,7 +174,7 @@ def check_policy_update_on_8_devices():
     before, after, _ = run_from_bank(
         functools.partial(diffusion_policy.update_from_bank, settings=settings),
         diffusion_policy.init(jax.random.key(0), state_dim(), settings),
-        diffusion_policy.PolicyBatch(make_bank(), action),
+        diffusion_policy.PolicyBank(diffusion_policy.PolicyBatch(make_bank(), action), np.int32(12)),
     )
     assert after.step == 2
     assert not np.array_equal(*(jax.tree.leaves(x.params)[1] for x in (before, after)))

@@ -194,6 +194,19 @@ def test_open_loop_imagines_by_steps_of_the_prior_and_compares_with_posteriors()
     np.testing.assert_allclose(metrics["open_loop_kl"], np.mean(kl), rtol=1e-4)
 
 
+def test_a_soft_prior_feeds_its_probabilities_back_in_place_of_samples():
+    model, start = make_model(soft_prior=True), helpers.make_latents(0, (3,), MODEL.settings)
+    action = np.random.default_rng(0).uniform(-1, 1, (3, specs.ACTION_DIM)).astype(np.float32)
+    step = jax.jit(functools.partial(world_model.imagine_step, model))
+    first = step(params(), start, action, jax.random.key(0))
+    assert_close(first.stochastic, jax.nn.softmax(first.logits), atol=1e-6)
+    assert_equal(first, step(params(), start, action, jax.random.key(1)))
+    # The same cell as ever: only what the next step reads of z differs from a sample.
+    sampled = jax.jit(functools.partial(world_model.imagine_step, MODEL))(params(), start, action, jax.random.key(0))
+    assert_close(first.logits, sampled.logits, atol=1e-6)
+    assert not np.array_equal(first.stochastic, sampled.stochastic)
+
+
 def test_open_loop_segments_start_from_posteriors_alone():
     _, _, metrics, imagined = forward(make_steps())
     _, _, inside_metrics, inside = forward(change_frames(make_steps(), slice(5, 8)))  # of segment 1, after its start

@@ -63,7 +63,7 @@ class Rollout:
 
 
 def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
-    """Draws the first latent of each episode uniformly from a bank, with replacement.
+    """Draws the first latent of each episode uniformly from a bank; none twice where the bank holds enough.
 
     Args:
       start: [M, ...], the bank.
@@ -71,7 +71,8 @@ def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
       settings: see the module.
     """
     row_rng, latent_rng = jax.random.split(rng)
-    rows = jax.random.randint(row_rng, (settings.num_rollouts,), 0, start.deterministic.shape[0])
+    size = start.deterministic.shape[0]
+    rows = jax.random.choice(row_rng, size, (settings.num_rollouts,), replace=size < settings.num_rollouts)
     latent = jax.tree.map(lambda x: x[rows], start)
     if settings.resample_latent:
         stochastic = rssm.sample_stochastic(latent.logits, latent_rng).astype(latent.stochastic.dtype)

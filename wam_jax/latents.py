@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from wam_jax import world_model
-from wam_jax.diffusion_policy import PolicyBatch
+from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.success_classifier import ClassifierBatch
 from wam_jax.types import Array, LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
@@ -60,7 +60,7 @@ def _pad(episode: StepBatch, length: int) -> StepBatch:
     return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), episode)
 
 
-def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], chunk: int) -> PolicyBatch:
+def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], chunk: int) -> PolicyBank:
     """Every latent of the demonstrations with the `chunk` actions taken from there on, windows wholly inside.
 
     Args:
@@ -69,7 +69,7 @@ def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], c
       chunk: C.
 
     Returns:
-      M rows: latent [M, ...], action float32 [M, C, 7].
+      M rows: latent [M, ...], action float32 [M, C, 7]; no padding.
 
     Raises:
       ValueError: no episode is as long as a chunk.
@@ -81,7 +81,8 @@ def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], c
     ]
     if not rows:
         raise ValueError(f"no demonstration is as long as policy.chunk={chunk}; collect demonstrations first")
-    return PolicyBatch(*(jax.tree.map(lambda *x: np.concatenate(x), *part) for part in zip(*rows, strict=True)))
+    batch = PolicyBatch(*(jax.tree.map(lambda *x: np.concatenate(x), *part) for part in zip(*rows, strict=True)))
+    return PolicyBank(batch, np.int32(len(batch.action)))
 
 
 def _windows(action: Array, chunk: int) -> np.ndarray:
@@ -93,6 +94,28 @@ def classifier_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch
     """Every latent of the episodes, labelled by the oracle's reward."""
     labels = [np.asarray(episode.reward > 0.5, np.int32) for episode in episodes]
     return ClassifierBatch(jax.tree.map(lambda *x: np.concatenate(x), *latents), np.concatenate(labels))
+
+
+def pad_policy_banks(banks: Sequence[PolicyBank]) -> list[PolicyBank]:
+    """Pads banks to the longest with rows that are never drawn, so that one compiled update serves them all."""
+    longest = max(len(bank.rows.action) for bank in banks)
+    return [bank.replace(rows=jax.tree.map(lambda x: _pad_rows(x, longest, 0), bank.rows)) for bank in banks]
+
+
+def pad_classifier_banks(banks: Sequence[ClassifierBatch]) -> list[ClassifierBatch]:
+    """Pads banks to the longest with rows of label -1, which are never drawn."""
+    longest = max(len(bank.label) for bank in banks)
+    return [
+        ClassifierBatch(
+            jax.tree.map(lambda x: _pad_rows(x, longest, 0), bank.latent), _pad_rows(bank.label, longest, -1)
+        )
+        for bank in banks
+    ]
+
+
+def _pad_rows(x: np.ndarray, num_rows: int, value: int) -> np.ndarray:
+    padding = np.full((num_rows - len(x), *x.shape[1:]), value, x.dtype)
+    return np.concatenate([x, padding])
 
 
 def start_bank(latents: Sequence[LatentState], max_start_step: int) -> LatentState:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,14 @@ def repeat(bank: Any) -> Callable[[int], Iterator[Any]]:
         return itertools.repeat(bank)
 
     return make_batches
+
+
+def steps_done(workdir: str, stage: str) -> int:
+    """Updates that a stage's newest checkpoint holds; 0 where there is none."""
+    if not os.path.isdir(f"{workdir}/{stage}"):
+        return 0
+    with contextlib.closing(Checkpointer(f"{workdir}/{stage}")) as checkpointer:
+        return checkpointer.latest_step() or 0
 
 
 def fit(

@@ -146,11 +146,15 @@ def _posterior_step(model, params, latent, projected_action, projected_embedding
 
 
 def imagine_step(model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array) -> LatentState:
-    """One prior step: the state that the model expects after `action` [B, 7] from B states, z sampled."""
+    """One prior step: the state that the model expects after `action` [B, 7] from B states.
+
+    z is sampled; with `settings.soft_prior` it is the prior's probabilities, its expectation, and `rng` has no effect.
+    """
     projected_action = _rssm(model, params, "project_action", action)
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     logits = _rssm(model, params, "prior_logits", hidden)
-    return LatentState(hidden, logits, sample_stochastic(logits, rng))
+    soft = model.settings.soft_prior
+    return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, rng))
 
 
 def observe(model: WorldModel, params: Params, embedding: Array, action: Array, rng: Array) -> LatentState:

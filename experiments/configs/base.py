@@ -57,6 +57,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "proprioception_weight": 0.0,  # ours, not in the paper
             "open_loop_weight": 0.0,  # ours, not in the paper
             "open_loop_steps": 10,
+            "soft_prior": False,  # True: imagination feeds back expected z in place of samples
             "batch_size": 50,  # LUMOS ("500" in WAM's text, which no sampler of that family has)
             "window_length": 50,  # WAM, in steps of 1/30 s
             "learning_rate": 3e-4,  # WAM

@@ -20,11 +20,11 @@ def get_config(method: str = "wam") -> ConfigDict:
         rssm_hidden_dim=384,
         decoder_dim=384,
         window_length=24,
-        num_steps=5000,
+        num_steps=6000,
         save_every=500,
     )
     config.policy.update(num_steps=4000)
     config.reward.update(num_steps=1000)
-    config.ppo.update(num_iterations=60, num_rollouts=50, save_every=20)
+    config.ppo.update(num_iterations=50, num_rollouts=50, save_every=10)
     config.evaluation.update(num_episodes=256)
     return config

@@ -29,6 +29,7 @@ def get_config(method: str = "wam") -> ConfigDict:
         proprioception_weight=1000.0,
         open_loop_weight=1.0,
         open_loop_steps=8,
+        soft_prior=True,
         batch_size=16,
         window_length=16,
         learning_rate=1e-3,

@@ -37,7 +37,8 @@ def collect_play(directory: str, config) -> None:
     settings = config.dataset
     plan = {"kind": "play", "seed": config.seed, "steps": settings.play_steps}
     counts = {"train": settings.play_episodes, "validation": settings.validation_episodes}
-    rlds.start_dataset(directory, plan | counts)
+    if rlds.start_dataset(directory, plan | counts):
+        return
     spec = rlds.DatasetSpec(launch.PLAY, (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
     shards = [(split, first) for split, count in counts.items() for first in range(0, count, EPISODES_PER_SHARD)]
     lengths: dict[str, list] = {split: [] for split in counts}
@@ -61,7 +62,8 @@ def collect_demonstrations(directory: str, config) -> None:
     """Writes one shard of successful demonstrations for each of the config's tasks."""
     count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
     plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
-    rlds.start_dataset(directory, plan)
+    if rlds.start_dataset(directory, plan):
+        return
     spec = rlds.DatasetSpec(launch.DEMONSTRATIONS, (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
     lengths = []
     for index, task in enumerate(tqdm(tasks, desc="collecting demonstrations", unit="task")):

@@ -19,13 +19,6 @@ from wam_jax import environments, evaluation, imagination, tables
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.types import LatentState
 
-_POLICY = flags.DEFINE_enum("policy", "ppo", ("expert", "bc", "ppo"), "Which stage's policies to evaluate")
-
-
-def main(config, workdir: str) -> None:
-    """Evaluates the stage that --policy names, and prints the table."""
-    print(tables.markdown(run(config, workdir, _POLICY.value)))
-
 
 def run(config, workdir: str, stage: str) -> list[tables.Row]:
     """Evaluates one stage on every task; returns all rows of the workdir."""
@@ -99,7 +92,7 @@ def _imagined_success(config, workdir: str, stage: str, task: str, starts: Laten
 
 @functools.lru_cache(maxsize=2)
 def _imagine(config, model):
-    settings = launch.stage_settings(config.ppo, num_rollouts=config.evaluation.num_episodes)
+    settings = launch.stage_settings(finetune_policy.ppo_settings(config), num_rollouts=config.evaluation.num_episodes)
     return jax.jit(
         functools.partial(
             imagination.rollout,
@@ -125,4 +118,5 @@ def _row(config, task: str, stage: str, result: evaluation.Rollout, imagined_suc
 
 
 if __name__ == "__main__":
-    launch.main(main)
+    _POLICY = flags.DEFINE_enum("policy", "ppo", ("expert", "bc", "ppo"), "Which stage's policies to evaluate")
+    launch.main(lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value))))

@@ -59,9 +59,14 @@ def stage(task: str) -> str:
 
 
 def ppo_settings(config):
-    """`config.ppo` with the share of a device in the rollouts."""
-    devices = parallel.local_devices(config.num_devices)
-    return launch.stage_settings(config.ppo, num_rollouts=config.ppo.num_rollouts // len(devices))
+    """`config.ppo` with what follows from the rest: the share of a device, and the horizon in decisions."""
+    num_devices = len(parallel.local_devices(config.num_devices))
+    return launch.stage_settings(
+        config.ppo,
+        num_rollouts=config.ppo.num_rollouts // num_devices,
+        batch_size=max(1, config.ppo.batch_size // num_devices),
+        horizon=config.evaluation.max_steps // config.policy.chunk,
+    )
 
 
 def imagination_functions(config, model: WorldModel) -> dict:

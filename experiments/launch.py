@@ -9,7 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from wam_jax import environments, parallel, specs, world_model
+from wam_jax import environments, input_pipeline, parallel, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -88,15 +88,14 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.environment={config.environment!r}; expected one of {', '.join(environments.ENVIRONMENTS)}"
         )
+    if not config.tasks:
+        raise ValueError(f"config.tasks is empty; name at least one of {', '.join(specs.TASKS)}")
     for task in config.tasks:
         specs.task_index(task)
     specs.task_index(config.evaluation.video_task)
     num_devices = len(parallel.local_devices(config.num_devices))
     for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
-        try:
-            parallel.check_batch_size(config[stage][key], num_devices)
-        except ValueError as error:
-            raise ValueError(f"config.{stage}.{key}: {error}") from None
+        parallel.check_batch_size(config[stage][key], num_devices, name=f"config.{stage}.{key}")
     if config.reward.batch_size % (2 * num_devices):
         raise ValueError(
             f"config.reward.batch_size={config.reward.batch_size} must be even on each of {num_devices} devices: half "
@@ -123,6 +122,62 @@ def check(config: ConfigDict) -> None:
             f"{config.policy.denoising_steps}; PPO trains the last steps of those"
         )
     world_model.build(FrozenConfigDict(config.world_model))
+    _check_agreement(config)
+    _check_data(config)
+
+
+def _check_agreement(config: ConfigDict) -> None:
+    """Checks values that only make sense together."""
+    for stage, key in (("evaluation", "num_episodes"), ("ppo", "batch_size"), ("ppo", "epochs"), ("policy", "chunk")):
+        if config[stage][key] < 1:
+            raise ValueError(f"config.{stage}.{key}={config[stage][key]}; expected 1 or more")
+    chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
+    if max_steps < chunk or max_steps % chunk:
+        raise ValueError(
+            f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
+            f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
+        )
+    settings = config.world_model
+    if (settings.action_weight > 0) != (config.method == "wam"):
+        raise ValueError(
+            f"config.world_model.action_weight={settings.action_weight} with method {config.method!r}: tables would "
+            "name the wrong method; choose it with the config file, FILE.py:wam or FILE.py:dreamer_v2"
+        )
+    if settings.open_loop_weight and settings.open_loop_steps > settings.window_length:
+        raise ValueError(
+            f"config.world_model.open_loop_steps={settings.open_loop_steps} exceeds window_length="
+            f"{settings.window_length}; shorten it, or lengthen the window"
+        )
+    if settings.soft_prior and not config.policy.soft_feature:
+        raise ValueError(
+            "config.world_model.soft_prior=True needs config.policy.soft_feature=True: a policy that was cloned on "
+            "samples of z would meet probabilities in imagination"
+        )
+
+
+def _check_data(config: ConfigDict) -> None:
+    """Checks the sizes of what will be collected, and opens what is there already."""
+    data, window = config.dataset, config.world_model.window_length
+    if data.cache not in input_pipeline.STORES:
+        raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.STORES)}")
+    if not data.play:
+        for key in ("play_episodes", "validation_episodes", "play_steps"):
+            if data[key] < 1:
+                raise ValueError(f"config.dataset.{key}={data[key]}; expected 1 or more")
+        if window > data.play_steps:
+            raise ValueError(
+                f"config.world_model.window_length={window} is longer than every episode: config.dataset.play_steps="
+                f"{data.play_steps}; shorten the window or play longer"
+            )
+    elif window > max(input_pipeline.episode_lengths(data.play, "train")):
+        raise ValueError(
+            f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest has "
+            f"{max(input_pipeline.episode_lengths(data.play, 'train'))} steps; shorten the window"
+        )
+    if not data.demonstrations and data.demonstrations_per_task < 1:
+        raise ValueError(f"config.dataset.demonstrations_per_task={data.demonstrations_per_task}; expected 1 or more")
+    if data.demonstrations:
+        input_pipeline.episode_lengths(data.demonstrations, "train")
 
 
 def _check_workdir(config: ConfigDict, workdir: str) -> None:

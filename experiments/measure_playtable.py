@@ -9,7 +9,6 @@ Writes environment.json (a row per figure) and experts.json (rows of results). R
 import functools
 import json
 import os
-import platform
 import statistics
 import time
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from wam_jax import environments, evaluation, specs, tables
+from wam_jax import environments, evaluation, metrics, specs, tables
 from wam_jax.environments.playtable import dynamics, environment, starts
 
 _OUTPUT = flags.DEFINE_string("output", "docs/results/playtable", "Folder for environment.json and experts.json")
@@ -56,8 +55,7 @@ def measure_speed(num_environments: int) -> dict:
     render = _throughput(functools.partial(observe, state), num_environments)
     physics = _throughput(functools.partial(move, state, jax.random.key(0)), steps * num_environments)
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores used, jax "
-        f"{jax.__version__} on {jax.default_backend()}",
+        "machine": metrics.machine(),
         "environments": num_environments,
         "frames_per_second": render,
         "control_steps_per_second": physics,

@@ -5,7 +5,6 @@ python -m experiments.reproduce --config=experiments/configs/quickstart.py --wor
 
 import json
 import os
-import platform
 import time
 
 import jax
@@ -20,7 +19,7 @@ from experiments import (
     train_reward,
     train_world_model,
 )
-from wam_jax import environments, evaluation, tables, videos
+from wam_jax import environments, evaluation, metrics, tables, videos
 
 VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
@@ -73,7 +72,7 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
     if os.path.exists(path):
         with open(path) as file:
             notes = json.load(file)
-    notes["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}"
+    notes["machine"] = metrics.machine()
     notes.setdefault("seconds", {})
     notes["seconds"][stage] = round(notes["seconds"].get(stage, 0.0) + seconds, 1)
     with open(path + ".tmp", "w") as file:

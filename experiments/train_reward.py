@@ -76,13 +76,13 @@ def initial_state(config, task: str) -> success_classifier.ClassifierState:
 
 
 def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
-    """The annotated attempts of play at each task, failures among them, and their latents."""
+    """The annotated attempts of play at each task, failures among them, and their latents; none without the split."""
     model, params = train_world_model.load(config, workdir)
     directory, _ = launch.dataset_directories(config, workdir)
-    episodes = input_pipeline.read_episodes(directory, split)
+    attempts = input_pipeline.read_attempts(directory, split, [specs.task_index(task) for task in config.tasks])
     encoded = {}
     for task in config.tasks:
-        chosen = latents.attempts(episodes, specs.task_index(task))
+        chosen = attempts[specs.task_index(task)]
         rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
         encoded[task] = latents.encode_episodes(model, params, chosen, rng), chosen
     return encoded

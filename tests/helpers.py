@@ -51,9 +51,7 @@ REWARD = dict(
     embedding_dims=(16, 16), classification_dims=(16,), consecutive=1, batch_size=16, num_steps=4, updates_per_call=2,
     save_every=2,
 )  # fmt: skip
-PPO = dict(
-    num_iterations=4, num_rollouts=8, horizon=3, epochs=2, critic_hidden_dim=16, updates_per_call=2, save_every=2
-)
+PPO = dict(num_iterations=4, num_rollouts=8, epochs=2, critic_hidden_dim=16, updates_per_call=2, save_every=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +69,7 @@ def make_config(method: str = "wam", **world_model_changes) -> ConfigDict:
     config.policy.update(POLICY)
     config.reward.update(REWARD)
     config.ppo.update(PPO)
+    config.evaluation.max_steps = 12  # 3 decisions
     return config
 
 

@@ -1,37 +1,48 @@
 """A two-step smoke run of every binary, through its command line."""
 
 import dataclasses
+import hashlib
 import json
-import time
+from pathlib import Path
+from typing import NamedTuple
 
 import helpers
 import pytest
 import smoke_config
 from PIL import Image
 
-from wam_jax import metrics, tables
+from wam_jax import metrics, specs, tables
 
 CONFIG = smoke_config.get_config()
 STAGES = ["world_model", *(f"{stage}/{task}" for stage in ("policy", "reward", "ppo") for task in CONFIG.tasks)]
-SINGLE = {
-    "collect_playtable": (),
-    "train_world_model": (),
-    "train_policy": (),
-    "train_reward": (),
-    "finetune_policy": (),
-    "evaluate": ("--policy=bc",),
-}
+SINGLE = (  # in order; where a folder is named, nothing may change it afterwards
+    ("collect_playtable", (), "data"),
+    ("train_world_model", (), "world_model"),
+    ("train_policy", (), "policy"),
+    ("train_reward", (), "reward"),
+    ("finetune_policy", (), "ppo"),
+    ("evaluate", ("--policy=bc",), None),
+    ("evaluate", ("--policy=ppo",), None),
+)
+
+
+class Chain(NamedTuple):
+    """A workdir in which the single binaries have done their work, and then `reproduce` the rest."""
+
+    workdir: Path
+    frozen: dict[str, dict[str, str]]  # by folder: its files when its stage had finished
+    worked: dict[str, int]  # the files before `reproduce`
+    printed: str  # by `reproduce`
 
 
 def run(binary, workdir, *arguments, optimized=False):
-    """Runs a binary to its good end; returns what it printed, and its seconds."""
-    started = time.monotonic()
+    """Runs a binary to its good end; returns what it printed."""
     done = helpers.run_python(
         "-m", f"experiments.{binary}", "--config=tests/smoke_config.py", f"--workdir={workdir}", *arguments,
         timeout=1200, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS=str(not optimized),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout, time.monotonic() - started
+    return done.stdout
 
 
 def files(workdir):
@@ -40,29 +51,48 @@ def files(workdir):
     kept += [
         *(workdir / "data").rglob("*.array_record*"),
         workdir / "metrics.jsonl",
-        workdir / "rollout.gif",
+        *workdir.glob("rollout.gif"),
         *(workdir / "evaluation").iterdir(),
     ]
     return {str(path.relative_to(workdir)): path.stat().st_mtime_ns for path in kept}
 
 
+def digests(folder):
+    """The content of every file of a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    run("collect_playtable", workdir, optimized=True)  # the one stage that computes longer than it compiles
-    return workdir, *run("reproduce", workdir)
+def chain(tmp_path_factory):
+    workdir, frozen = tmp_path_factory.mktemp("smoke") / "run", {}
+    for binary, arguments, folder in SINGLE:
+        # Collecting is the one stage that computes longer than it compiles.
+        run(binary, workdir, *arguments, optimized=binary == "collect_playtable")
+        if folder:
+            frozen[folder] = digests(workdir / folder)
+    return Chain(workdir, frozen, files(workdir), run("reproduce", workdir))
 
 
-def test_reproduce_goes_through_every_stage(reproduced):
-    workdir, printed, _ = reproduced
+@pytest.mark.parametrize("folder", [folder for *_, folder in SINGLE if folder])
+def test_what_a_stage_has_finished_is_frozen(chain, folder):
+    assert len(chain.frozen[folder]) > 1
+    assert digests(chain.workdir / folder) == chain.frozen[folder]
+
+
+def test_reproduce_films_and_prints_what_the_single_binaries_made(chain):
+    workdir, printed = chain.workdir, chain.printed
     assert [line for line in printed.splitlines() if line.startswith("[")][-1].startswith("[8/8]")
     for name in ("table.md", "table.json", "config.json", "stages.json", "metrics.jsonl", "rollout.gif"):
         assert (workdir / name).stat().st_size > 0, name
     assert (workdir / "table.md").read_text() in printed
+    after = files(workdir)
+    assert set(after) - set(chain.worked) == {"rollout.gif"}
+    assert {name: after[name] for name in chain.worked} == chain.worked
 
 
-def test_every_stage_leaves_checkpoints_and_metrics(reproduced):
-    workdir, *_ = reproduced
+def test_every_stage_leaves_checkpoints_and_metrics(chain):
+    workdir = chain.workdir
     for stage in STAGES:
         assert sorted(path.name for path in (workdir / stage).iterdir() if path.name.isdigit()) == ["1", "2"], stage
         assert [row["step"] for row in metrics.read(str(workdir), stage)] == [1, 2]
@@ -73,8 +103,8 @@ def test_every_stage_leaves_checkpoints_and_metrics(reproduced):
     assert all(set(q["train"]) == {"precision", "recall", "accuracy", "success_share"} for q in quality.values())
 
 
-def test_the_table_has_a_row_for_each_task_and_stage(reproduced):
-    workdir, *_ = reproduced
+def test_the_table_has_a_row_for_each_task_and_stage(chain):
+    workdir = chain.workdir
     rows = tables.load(str(workdir / "table.json"))
     assert [(row.task, row.stage) for row in rows] == [(task, s) for s in ("bc", "ppo") for task in CONFIG.tasks]
     for row in rows:
@@ -85,33 +115,23 @@ def test_the_table_has_a_row_for_each_task_and_stage(reproduced):
     assert (workdir / "table.md").read_text() == tables.markdown(rows)
 
 
-def test_the_film_shows_a_whole_episode(reproduced):
-    with Image.open(reproduced[0] / "rollout.gif") as film:
+def test_the_film_shows_a_whole_episode(chain):
+    with Image.open(chain.workdir / "rollout.gif") as film:
         assert film.n_frames > 1
         assert film.size[0] == film.size[1] - 22 == 2 * 3 * 64
 
 
-def test_a_second_run_does_no_work(reproduced):
-    workdir, printed, seconds = reproduced
+def test_a_second_reproduce_does_no_work(chain):
+    workdir = chain.workdir
     before, table = files(workdir), (workdir / "table.json").read_bytes()
-    printed_again, seconds_again = run("reproduce", workdir)
+    assert run("reproduce", workdir) == chain.printed
     assert (workdir / "table.json").read_bytes() == table
     assert files(workdir) == before
-    assert printed_again == printed
-    assert seconds_again < seconds
 
 
-@pytest.mark.parametrize("binary", SINGLE)
-def test_single_binaries_run_in_the_same_workdir(reproduced, binary):
-    workdir, *_ = reproduced
-    before = files(workdir)
-    run(binary, workdir, *SINGLE[binary])
-    assert files(workdir) == before
-
-
-def test_the_expert_is_evaluated_beside_the_others(reproduced, tmp_path):
-    workdir, *_ = reproduced
-    printed, _ = run("evaluate", workdir, "--policy=expert")
+def test_the_expert_is_evaluated_beside_the_others(chain):
+    workdir = chain.workdir
+    printed = run("evaluate", workdir, "--policy=expert")
     rows = tables.load(str(workdir / "table.json"))
     experts = [row for row in rows if row.stage == "expert"]
     assert [row.task for row in experts] == list(CONFIG.tasks)
@@ -121,8 +141,8 @@ def test_the_expert_is_evaluated_beside_the_others(reproduced, tmp_path):
     assert [(row.task, row.stage) for row in others] == [(task, s) for s in ("bc", "ppo") for task in CONFIG.tasks]
 
 
-def test_a_table_of_several_runs(reproduced, tmp_path):
-    workdir, *_ = reproduced
+def test_a_table_of_several_runs(chain, tmp_path):
+    workdir = chain.workdir
     rows = [row for row in tables.load(str(workdir / "table.json")) if row.stage != "expert"]
     tables.save(str(tmp_path / "table.json"), [dataclasses.replace(row, method="dreamer_v2") for row in rows])
     done = helpers.run_python("-m", "experiments.print_table", str(workdir), str(tmp_path))
@@ -139,3 +159,29 @@ def test_print_table_names_what_is_missing(arguments, message):
     assert done.returncode != 0
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_plot_curves_draws_the_runs(chain, tmp_path):
+    path = tmp_path / "curves.png"
+    done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={chain.workdir}", f"--output={path}")
+    assert done.returncode == 0, done.stderr
+    with Image.open(path) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_plot_curves_names_a_run_without_a_world_model(tmp_path):
+    done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path}")
+    assert done.returncode != 0
+    assert done.stderr == f"error: {tmp_path}/metrics.jsonl has no rows of the world model; train it first\n"
+
+
+def test_measure_playtable_writes_its_figures_and_every_expert(tmp_path):
+    flags = (f"--output={tmp_path}", "--num_environments=1", "--num_episodes=1")
+    done = helpers.run_python("-m", "experiments.measure_playtable", *flags, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    with open(tmp_path / "environment.json") as file:
+        figures = json.load(file)
+    assert figures["environments"] == 1
+    assert min(figures["frames_per_second"]["wall"], figures["control_steps_per_second"]["wall"]) > 0
+    rows = tables.load(str(tmp_path / "experts.json"))
+    assert [(row.task, row.stage, row.episodes) for row in rows] == [(task, "expert", 1) for task in specs.TASKS]

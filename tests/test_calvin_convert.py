@@ -4,6 +4,7 @@ The first tests use the small recorded set where it is found (beside the reposit
 points), else a synthetic folder of the same layout.
 """
 
+import functools
 import os
 import pickle
 import shutil
@@ -12,13 +13,15 @@ import sys
 from pathlib import Path
 
 import cv2
+import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from data.calvin import convert, episodes, npz_folder, pickled_npy
-from wam_jax import input_pipeline, specs
+from wam_jax import input_pipeline, parallel, specs, world_model
 
+quick_compilation = helpers.quick_compilation
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(os.environ.get("WAM_JAX_CALVIN_TINY", ROOT.parent / "shared" / "calvin" / "tiny"))
 
@@ -110,6 +113,25 @@ def test_64_pixels_are_the_averaged_areas_and_equal_a_native_set_read_at_64(reco
         averaged = [cv2.resize(file[camera], (64, 64), interpolation=cv2.INTER_AREA) for file in files]
         for read in (native, small):
             np.testing.assert_array_equal(np.concatenate([getattr(e.observation, camera) for e in read]), averaged)
+
+
+def test_50_updates_of_the_world_model_lower_its_loss(recorded, tmp_path):
+    convert.convert(recorded, tmp_path)
+    model = helpers.make_model(learning_rate=5e-3, final_learning_rate=5e-3, batch_size=2, num_steps=50)
+    devices = parallel.local_devices(1)
+    run = parallel.compile_updates(
+        functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME), devices
+    )
+    state, loss = parallel.replicate(helpers.make_state(model), devices), []
+    batches = input_pipeline.make_batches(
+        tmp_path, "train", 2, helpers.T, seed=0, updates_per_dispatch=10, cache="none"
+    )
+    for step in range(0, 50, 10):
+        state, metrics = run(state, next(batches), 0, step)
+        loss += metrics["loss"][0].tolist()
+    batches.close()
+    assert np.isfinite(loss).all()
+    assert np.mean(loss[-10:]) < 0.6 * np.mean(loss[:3]), loss
 
 
 @pytest.mark.skipif(not RECORDED.is_dir(), reason="needs the recorded CALVIN set; set WAM_JAX_CALVIN_TINY to its path")

@@ -1,5 +1,7 @@
 """Windows stay within episodes, come in an order that is a function of (seed, step), and bad input is named."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,26 @@ def test_read_episodes(directory):
     dtypes = {str(x.dtype) for x in jax.tree.leaves(episodes[2])}
     assert dtypes == {"uint8", "float32", "int32", "bool"}
     assert len(input_pipeline.read_episodes(directory, "validation")) == 1
+
+
+def test_attempts_are_the_long_enough_spans_of_a_task():
+    labels = np.array([3] * 9 + [-1] * 4 + [5] * 10 + [3] * 7 + [5] * 8)  # the second 3 is too short
+    spans = input_pipeline.attempt_spans(labels, [3, 5], min_steps=8)
+    assert spans == [(3, slice(0, 9)), (5, slice(13, 23)), (5, slice(30, 38))]
+    assert input_pipeline.attempt_spans(labels, [3], min_steps=7) == [(3, slice(0, 9)), (3, slice(23, 30))]
+    assert input_pipeline.attempt_spans(labels, [0], min_steps=1) == []
+
+
+def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_split(directory, tmp_path):
+    attempts = input_pipeline.read_attempts(directory, "train", [0, 2, 6], min_steps=4)  # episode i is all task i
+    assert {task: [len(steps.action) for steps in found] for task, found in attempts.items()} == {
+        0: [9],
+        2: [14],
+        6: [],
+    }
+    assert_equal(attempts[2][0], input_pipeline.read_episodes(directory)[2])
+    rlds.write_dataset(tmp_path, "training", {"train": [make_episode(0, 6)]})
+    assert input_pipeline.read_attempts(tmp_path, "validation", [0]) == {0: []}
 
 
 def test_windows_lie_within_episodes_and_an_epoch_holds_each_once(directory):
@@ -150,6 +172,12 @@ def test_half_written_and_foreign_directories_are_named(tmp_path):
     (tmp_path / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="half-written .*run the command that wrote it again"):
         input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
+
+
+def test_closing_ends_every_thread(directory):
+    before = set(threading.enumerate())
+    take(directory, 2)
+    assert set(threading.enumerate()) == before
 
 
 def test_an_error_while_loading_reaches_the_consumer(directory, monkeypatch):

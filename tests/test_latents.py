@@ -83,30 +83,6 @@ def test_starts_are_the_first_frames(last, steps):
     assert bank.logits.shape == (len(found), 4, 4)
 
 
-def test_attempts_are_the_spans_of_a_task():
-    def episode(index, task):
-        steps = helpers.make_steps(index, (len(task),))
-        steps.action[:, 0] = np.arange(len(task))
-        return steps.replace(task=np.int32(task))
-
-    play = [
-        episode(0, [3] * 9 + [-1] * 4 + [5] * 10 + [3] * 7 + [5] * 2),  # the second 3 is too short
-        episode(1, [-1] * 30),
-        episode(2, [5] * 3 + [3] * 8),  # to the very end
-    ]
-    found = latents.attempts(play, 3, min_steps=8)
-    assert [steps.action[:, 0].tolist() for steps in found] == [list(range(9)), list(range(3, 11))]
-    assert all((steps.task == 3).all() for steps in found)
-    np.testing.assert_array_equal(found[1].observation.robot_obs, play[2].observation.robot_obs[3:])
-    assert [steps.action[0, 0] for steps in latents.attempts(play, 3, min_steps=7)] == [0, 23, 3]
-    assert latents.attempts(play, 0) == []
-
-
-def test_the_same_task_in_neighbouring_episodes_is_two_attempts():
-    play = [helpers.make_steps(i, (10,)).replace(task=np.full(10, 2, np.int32)) for i in range(2)]
-    assert [len(steps.action) for steps in latents.attempts(play, 2)] == [10, 10]
-
-
 def test_encoding_in_padded_batches_equals_encoding_alone():
     model = helpers.make_model(kl_weight=2.0)  # settings of its own: compiled here, without noise
     params = helpers.make_state(model).params

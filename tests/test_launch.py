@@ -47,9 +47,9 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("evaluation.video_task", "fly", "unknown task 'fly'; expected one of open_drawer"),
         ("num_devices", 999, "num_devices=999, but this host has .*; ask for at most"),
         ("num_devices", -1, "num_devices=-1, but this host has"),
-        ("world_model.batch_size", 0, "config.world_model.batch_size: batch_size=0 .* the nearest that is: "),
-        ("policy.batch_size", -8, "config.policy.batch_size: batch_size=-8"),
-        ("ppo.num_rollouts", 0, "config.ppo.num_rollouts: batch_size=0"),
+        ("world_model.batch_size", 0, "config.world_model.batch_size=0 is not divisible .* the nearest that is: "),
+        ("policy.batch_size", -8, "config.policy.batch_size=-8 is not divisible"),
+        ("ppo.num_rollouts", 0, "config.ppo.num_rollouts=0 is not divisible"),
         ("reward.batch_size", 7, "config.reward.batch_size=7 must be even .* take a multiple of 2"),
         ("world_model.num_steps", 5, "config.world_model.num_steps=5 is not a positive multiple of .*=2; take 4"),
         ("world_model.num_steps", 0, "config.world_model.num_steps=0 is not a positive multiple of .*=2; take 2"),
@@ -57,6 +57,18 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("reward.num_steps", 3, "config.reward.num_steps=3 .*; take"),
         ("ppo.num_iterations", 3, "config.ppo.num_iterations=3 .*updates_per_call=2; take"),
         ("world_model.updates_per_call", 0, "config.world_model.updates_per_call=0"),
+        ("tasks", (), "config.tasks is empty; name at least one of open_drawer"),
+        ("evaluation.num_episodes", 0, "config.evaluation.num_episodes=0; expected 1 or more"),
+        ("ppo.batch_size", 0, "config.ppo.batch_size=0; expected 1 or more"),
+        ("evaluation.max_steps", 70, "config.evaluation.max_steps=70 .*multiple of config.policy.chunk=4.*; take 72"),
+        ("method", "dreamer_v2", "config.world_model.action_weight=1000.0 with method 'dreamer_v2'"),
+        ("world_model.open_loop_steps", 9, "open_loop_steps=9 exceeds window_length=8"),
+        ("world_model.window_length", 500, "window_length=500 is longer than .*play_steps=400"),
+        ("dataset.cache", "disk", "config.dataset.cache='disk'; expected one of none, memory"),
+        ("dataset.play", "nowhere", "dataset directory nowhere does not exist"),
+        ("dataset.demonstrations", "nowhere", "dataset directory nowhere does not exist"),
+        ("dataset.validation_episodes", 0, "config.dataset.validation_episodes=0; expected 1 or more"),
+        ("dataset.demonstrations_per_task", 0, "config.dataset.demonstrations_per_task=0; expected 1 or more"),
         ("policy.finetuned_steps", 5, "config.policy.finetuned_steps=5 exceeds denoising_steps=4"),
         ("policy.warmup_steps", 4, "config.policy.warmup_steps=4 .*num_steps=4"),
         ("world_model.kind", "mlp", "world_model.kind='mlp'; expected 'conv' or 'patch'"),
@@ -70,10 +82,16 @@ def test_a_value_that_cannot_work_is_named_with_the_mend(tmp_path, path, value, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_soft_prior_needs_a_policy_that_was_cloned_on_probabilities(tmp_path):
+    config = change("policy.soft_feature", False, change("world_model.soft_prior", True))
+    with pytest.raises(ValueError, match="soft_prior=True needs config.policy.soft_feature=True"):
+        launch.prepare(config, str(tmp_path / "run"))
+
+
 def test_batches_must_divide_over_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 3)
     config = change("num_devices", 3)
-    with pytest.raises(ValueError, match="config.world_model.batch_size: batch_size=4 .* by 3 devices.*: 3$"):
+    with pytest.raises(ValueError, match="config.world_model.batch_size=4 .* by 3 devices.*: 3$"):
         launch.check(config)
     for path in ("world_model.batch_size", "policy.batch_size", "ppo.num_rollouts"):
         change(path, 6, config)

@@ -13,6 +13,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from wam_jax import (
@@ -146,7 +147,7 @@ def stage_settings():
     config = helpers.make_config()
     policy = helpers.freeze(config.policy, batch_size=2, decay_steps=4)
     reward = helpers.freeze(config.reward, batch_size=2, soft_feature=config.policy.soft_feature)
-    return policy, reward, helpers.freeze(config.ppo, num_rollouts=2)
+    return policy, reward, helpers.freeze(config.ppo, num_rollouts=2, horizon=3)
 
 
 def make_bank(shape=(12,)):
@@ -213,6 +214,98 @@ def check_ppo_iteration_on_8_devices():
     assert after.iteration == 2
     # Counted over all devices: 8 x 2 rollouts of at most 3 decisions, of which the first is always valid.
     assert 16 <= metrics["valid_decisions"][0, 0] <= 48
+
+
+def split(tree, num_devices):
+    """Splits axis 1, the rows of each update, over the devices: [N, B, ...] to [D, N, B / D, ...]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], num_devices, -1, *x.shape[2:]).swapaxes(0, 1), tree)
+
+
+def on_devices(num_devices, update, state, parts):
+    """State after the updates on the parts [D, N, ...], and metrics [D, N, ...]; each on the host."""
+    devices = parallel.local_devices(num_devices)
+    run = parallel.compile_updates(functools.partial(update, axis_name=parallel.AXIS_NAME), devices)
+    state, metrics = run(parallel.replicate(state, devices), parts, 0, 0)
+    return jax.device_get((parallel.unreplicate(state), metrics))
+
+
+def alike(draw):
+    """Stands in for a function of jax.random: every row is given the same, whatever the key and the device."""
+    return lambda rng, shape, *limits: jnp.broadcast_to(draw(jax.random.key(0), shape[1:], *limits), shape)
+
+
+def assert_moved_together(start, one, eight):
+    """The parameters have moved, and on both numbers of devices to the same."""
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), one, start)
+    assert max(jax.tree.leaves(moved)) > 1e-3, moved
+    helpers.assert_close(eight, one, rtol=0, atol=1e-5)
+
+
+def check_policy_update_is_the_same_on_1_and_8_devices():
+    settings = helpers.freeze(stage_settings()[0], resample_latent=False)
+    action = np.random.default_rng(0).uniform(-1, 1, (2, 16, settings.chunk, 7)).astype(np.float32)
+    batch = diffusion_policy.PolicyBatch(make_bank((2, 16)), action)
+    update = functools.partial(diffusion_policy.update, settings=settings)
+    # With plain gradient descent a step is proportional to the gradient: rounding is not blown up to the learning rate.
+    with (
+        mock.patch.object(diffusion_policy, "optimizer", lambda settings: optax.sgd(0.1)),
+        mock.patch.object(jax.random, "normal", alike(jax.random.normal)),
+        mock.patch.object(jax.random, "randint", alike(jax.random.randint)),
+    ):
+        start = jax.device_get(diffusion_policy.init(jax.random.key(0), state_dim(), settings))
+        (one, metrics), (eight, others) = (on_devices(d, update, start, split(batch, d)) for d in (1, NUM_DEVICES))
+    assert_moved_together(start.params, one.params, eight.params)
+    helpers.assert_close(eight.ema_params, one.ema_params, rtol=0, atol=1e-5)
+    helpers.assert_close(others, jax.tree.map(lambda x: np.repeat(x, NUM_DEVICES, axis=0), metrics), rtol=1e-4)
+
+
+def make_episodes(policy, settings, shape=(2, 16, 3)):
+    """Made-up rollouts [N, B, H, ...]: the first succeed at once, later ones later or never."""
+    num_updates, num_episodes, horizon = shape
+    rng = np.random.default_rng(0)
+    feature = rng.normal(size=(num_updates, num_episodes, horizon + 1, state_dim())).astype(np.float32)
+    pair = diffusion_policy.PolicyParams(policy, policy)
+    sample = jax.jit(functools.partial(diffusion_policy.sample, explore=True, settings=settings))
+    chain = np.asarray(sample(pair, feature[:, :, :-1].reshape(-1, state_dim()), jax.random.key(3))[1])
+    decision, end = np.arange(horizon), np.arange(num_episodes)[:, None] // 4  # end 3: never
+    masks = (decision == end, (decision == horizon - 1) & (end > decision), decision <= end)
+    terminated, truncated, valid = (np.broadcast_to(mask, shape) for mask in masks)
+    return imagination.Rollout(
+        feature=feature[:, :, :-1],
+        last_feature=feature[:, :, -1],
+        chain=chain.reshape(*shape, *chain.shape[1:]),
+        reward=terminated * rng.uniform(0.5, 1.5, shape).astype(np.float32),
+        terminated=terminated,
+        truncated=truncated,
+        valid=valid,
+    )
+
+
+def check_ppo_update_is_the_same_on_1_and_8_devices():
+    # Nothing random enters: no regulariser, and every minibatch is all decisions.
+    policy_settings, _, settings = stage_settings()
+    settings = helpers.freeze(settings, bc_weight=0.0, critic_warmup=0, batch_size=10_000)
+    static = {"policy_settings": policy_settings, "settings": settings}
+
+    def update(state, rows, rng, axis_name):
+        episodes = jax.tree.map(lambda x: x.swapaxes(0, 1), rows).replace(last_feature=rows.last_feature)
+        decisions, scale, metrics = ppo.prepare(state, episodes, **static, axis_name=axis_name)
+        state, more = ppo.update(state, decisions, policy, rng, **static, axis_name=axis_name)
+        advantage = decisions.advantage.reshape(episodes.valid.shape).swapaxes(0, 1)
+        return state.replace(reward_scale=scale), {**metrics, **more, "advantage": advantage}
+
+    with mock.patch.object(ppo, "optimizers", lambda settings: (optax.sgd(0.1), optax.sgd(0.1))):
+        policy = diffusion_policy.init(jax.random.key(0), state_dim(), policy_settings).params
+        start = jax.device_get(ppo.init(jax.random.key(2), policy, state_dim(), settings))
+        episodes = make_episodes(policy, policy_settings)
+        (one, metrics), (eight, others) = (on_devices(d, update, start, split(episodes, d)) for d in (1, NUM_DEVICES))
+    for part in ("actor", "critic"):
+        assert_moved_together(*(getattr(state.params, part) for state in (start, one, eight)))
+    helpers.assert_close(eight.reward_scale, one.reward_scale, rtol=1e-5)
+    advantage, other = (np.concatenate(x.pop("advantage"), axis=1) for x in (metrics, others))  # [N, B, H]
+    np.testing.assert_allclose(other, advantage, atol=1e-5)
+    for name in set(metrics) - {"bc_loss"}:  # the regulariser's chains are random
+        np.testing.assert_allclose(others[name], np.repeat(metrics[name], NUM_DEVICES, 0), 1e-3, 1e-6, err_msg=name)
 
 
 def run_checks():

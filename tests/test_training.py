@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wam_jax import metrics, parallel, training, world_model
+from wam_jax import (
+    diffusion_policy,
+    imagination,
+    latents,
+    metrics,
+    parallel,
+    ppo,
+    success_classifier,
+    training,
+    world_model,
+)
 from wam_jax.checkpoints import Checkpointer
 
 quick_compilation = helpers.quick_compilation
@@ -128,6 +138,63 @@ def test_the_world_model_resumes_bit_for_bit(tmp_path):
     assert at_once.step == 4
 
 
+def bank_stages():
+    """Update, state before the first one, and bank of the stages that draw their rows from one; by stage."""
+    config, model = helpers.make_config(), helpers.make_model()
+    bank, state_dim = helpers.make_latents(0, (12,), model.settings), world_model.feature_dim(model.settings)
+    policy_settings = helpers.freeze(config.policy, decay_steps=4)
+    reward_settings = helpers.freeze(config.reward, soft_feature=config.policy.soft_feature)
+    ppo_settings = helpers.freeze(config.ppo, horizon=3, critic_warmup=1)
+    policy = diffusion_policy.init(jax.random.key(0), state_dim, policy_settings)
+    reward = success_classifier.init(jax.random.key(1), state_dim, reward_settings)
+    action = np.random.default_rng(0).uniform(-1, 1, (12, config.policy.chunk, 7)).astype(np.float32)
+    inputs = imagination.ImaginationInputs(
+        start=latents.latent_at(bank, slice(0, 5)),
+        world_model_params=helpers.make_state(model).params,
+        reward_params=reward.params,
+        base_policy_params=policy.params,
+    )
+    iteration = functools.partial(
+        ppo.iteration,
+        imagine_step=functools.partial(world_model.imagine_step, model),
+        reward_rule=functools.partial(success_classifier.reward_rule, settings=reward_settings),
+        policy_settings=policy_settings,
+        settings=ppo_settings,
+    )
+    return {
+        "policy": (
+            functools.partial(diffusion_policy.update_from_bank, settings=policy_settings),
+            policy,
+            diffusion_policy.PolicyBank(diffusion_policy.PolicyBatch(bank, action), np.array(12, np.int32)),
+        ),
+        "reward": (
+            functools.partial(success_classifier.update_from_bank, settings=reward_settings),
+            reward,
+            success_classifier.ClassifierBatch(bank, np.arange(12, dtype=np.int32) % 2),
+        ),
+        "ppo": (iteration, ppo.init(jax.random.key(2), policy.params, state_dim, ppo_settings), inputs),
+    }
+
+
+@pytest.mark.parametrize("stage", ["policy", "reward", "ppo"])
+def test_a_stage_resumes_bit_for_bit(tmp_path, stage):
+    update, state, bank = bank_stages()[stage]
+    run = parallel.compile_updates(functools.partial(update, axis_name=parallel.AXIS_NAME), DEVICES, num_updates=N)
+    train = functools.partial(
+        fit, run=run, stage=stage, make_batches=training.repeat(parallel.replicate(bank, DEVICES)), state=state
+    )
+    at_once = train(tmp_path / "whole", 4)
+    half = train(tmp_path / "halves", 2)
+    helpers.assert_equal(train(tmp_path / "halves", 4), at_once)
+    unchanged = jax.tree.map(np.array_equal, half, at_once)
+    assert not all(jax.tree.leaves(unchanged.params))
+    if stage == "ppo":
+        assert not any(jax.tree.leaves(unchanged.reward_scale))
+        assert at_once.iteration == 4
+    else:
+        assert at_once.step == 4
+
+
 def test_a_finished_stage_is_left_alone(tmp_path):
     state = fit(tmp_path, 4)
 
@@ -239,3 +306,12 @@ def test_a_half_written_row_costs_no_other_row(tmp_path):
 def test_steps_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"toy: 5 steps are not divisible by updates_per_call={N}"):
         fit(tmp_path, 5)
+
+
+def test_remaining_steps_that_do_not_divide_are_named(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path / "toy"))
+    checkpointer.save(3, first_state(), {"size": 3})  # of a run with another updates_per_call
+    checkpointer.close()
+    with pytest.raises(ValueError, match="toy goes on from step 3 of 6: .* updates_per_call=2"):
+        fit(tmp_path, 6)
+    assert latest_step(tmp_path / "toy") == 3

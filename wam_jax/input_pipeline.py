@@ -9,6 +9,7 @@ This file and `rlds.py` are the only ones that know how episodes are stored.
 
 import collections
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,57 @@ def read_episodes(directory: str | Path, split: str = "train", progress: bool = 
         episodes = pool.map(lambda i: _decode(source[i]["steps"]), range(len(source)))
         bar = tqdm(episodes, f"reading {split}", len(source), unit="episode", disable=None if progress else True)
         return list(bar)
+
+
+def read_attempts(
+    directory: str | Path, split: str, tasks: Sequence[int], *, min_steps: int = 8, progress: bool = True
+) -> dict[int, list[StepBatch]]:
+    """Decodes the annotated attempts at some tasks, successes and failures, and nothing else of a split of play.
+
+    Each attempt is an episode of its own, so that its first frame meets the filter as an evaluation's does.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+      tasks: indices into specs.TASKS.
+      min_steps: shorter attempts are left out.
+      progress: shows a progress bar on a terminal.
+
+    Returns:
+      for each task its attempts, numpy [T, ...] each; none where the dataset has no such split.
+
+    Raises:
+      ValueError: no complete dataset there.
+    """
+    builder = _open_builder(directory)
+    if split not in builder.info.splits:
+        return {task: [] for task in tasks}
+    source = _open_source(builder, split)
+
+    def cut(index):
+        steps = source[index]["steps"]
+        spans = attempt_spans(_task_indices(steps["task"]), tasks, min_steps=min_steps)
+        return [(task, _decode(steps, span)) for task, span in spans]
+
+    attempts: dict[int, list[StepBatch]] = {task: [] for task in tasks}
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        found = pool.map(cut, range(len(source)))
+        hidden = None if progress else True
+        for task, steps in itertools.chain.from_iterable(
+            tqdm(found, f"attempts in {split}", len(source), unit="episode", disable=hidden)
+        ):
+            attempts[task].append(steps)
+    return attempts
+
+
+def attempt_spans(labels: np.ndarray, tasks: Sequence[int], *, min_steps: int) -> list[tuple[int, slice]]:
+    """Stretches of one label, of at least `min_steps`, that are one of `tasks`: (task, span) in the order of time."""
+    change = np.flatnonzero(np.diff(labels, prepend=-2, append=-2))
+    return [
+        (int(labels[start]), slice(int(start), int(end)))
+        for start, end in zip(change[:-1], change[1:], strict=True)
+        if labels[start] in tasks and end - start >= min_steps
+    ]
 
 
 class StreamingStore:
@@ -137,7 +189,14 @@ class Batches:
       step: the update that the next batch begins with; give it as `start_step` to continue there.
     """
 
-    def __init__(self, load: Callable[[int], StepBatch], start_step: int, updates_per_dispatch: int, prefetch: int):
+    def __init__(
+        self,
+        load: Callable[[int], StepBatch],
+        start_step: int,
+        updates_per_dispatch: int,
+        prefetch: int,
+        on_close: Callable[[], None] = lambda: None,
+    ):
         """Starts loading.
 
         Args:
@@ -145,7 +204,9 @@ class Batches:
           start_step: first update of the first batch.
           updates_per_dispatch: updates a batch is for.
           prefetch: batches to hold ready.
+          on_close: called once nothing is loaded any more.
         """
+        self._on_close = on_close
         self.seconds_waiting = 0.0
         self.step = start_step
         self._updates_per_dispatch = updates_per_dispatch
@@ -174,6 +235,7 @@ class Batches:
     def close(self) -> None:
         """Stops the threads; the batches already loaded are dropped."""
         self._pool.shutdown(cancel_futures=True)
+        self._on_close()
 
 
 def make_batches(
@@ -234,7 +296,7 @@ def make_batches(
         batch = jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), batch)
         return jax.device_put(batch, sharding)
 
-    return Batches(load, start_step, updates_per_dispatch, prefetch)
+    return Batches(load, start_step, updates_per_dispatch, prefetch, on_close=pool.shutdown)
 
 
 def episode_lengths(directory: str | Path, split: str) -> list[int]:
@@ -280,7 +342,7 @@ _STEP = StepBatch(
 )
 
 
-def _open_builder(directory: str | Path, split: str) -> tfds.core.DatasetBuilder:
+def _open_builder(directory: str | Path, split: str | None = None) -> tfds.core.DatasetBuilder:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -295,7 +357,7 @@ def _open_builder(directory: str | Path, split: str) -> tfds.core.DatasetBuilder
         )
         raise ValueError(f"{directory} {mend}")
     builder = tfds.builder_from_directory(directory)
-    if split not in builder.info.splits:
+    if split is not None and split not in builder.info.splits:
         raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
     return builder
 
@@ -317,9 +379,13 @@ def _decode(steps: dict, span: slice = slice(None)) -> StepBatch:
         action=_decode_vectors(steps["action"][span]),
         is_first=steps["is_first"][span].astype(bool),
         is_last=steps["is_last"][span].astype(bool),
-        task=np.array([_TASK_INDEX.get(task, -1) for task in steps["task"][span]], np.int32),
+        task=_task_indices(steps["task"][span]),
         reward=steps["reward"][span].astype(np.float32),
     )
+
+
+def _task_indices(names: Sequence[bytes]) -> np.ndarray:
+    return np.array([_TASK_INDEX.get(name, -1) for name in names], np.int32)
 
 
 _TASK_INDEX = {task.encode(): i for i, task in enumerate(specs.TASKS)}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from wam_jax import world_model
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
@@ -30,6 +31,7 @@ def encode_episodes(
       posterior states [T, ...] of each episode, numpy.
     """
     encode = _encoder(model)
+    progress = tqdm(total=len(episodes), desc="encoding", unit="episode", leave=False, disable=None)
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].action))  # alike lengths share a batch
     latents: dict[int, LatentState] = {}
     for first in range(0, len(order), batch_size):
@@ -42,6 +44,8 @@ def encode_episodes(
         for row, index in enumerate(indices):
             steps = len(episodes[index].action)
             latents[index] = jax.tree.map(lambda x, row=row, steps=steps: x[row, :steps], encoded)
+        progress.update(len(indices))
+    progress.close()
     return [latents[index] for index in range(len(episodes))]
 
 
@@ -82,7 +86,7 @@ def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], c
     if not rows:
         raise ValueError(f"no demonstration is as long as policy.chunk={chunk}; collect demonstrations first")
     batch = PolicyBatch(*(jax.tree.map(lambda *x: np.concatenate(x), *part) for part in zip(*rows, strict=True)))
-    return PolicyBank(batch, np.int32(len(batch.action)))
+    return PolicyBank(batch, np.array(len(batch.action), np.int32))
 
 
 def _windows(action: Array, chunk: int) -> np.ndarray:
@@ -113,9 +117,9 @@ def pad_classifier_banks(banks: Sequence[ClassifierBatch]) -> list[ClassifierBat
     ]
 
 
-def _pad_rows(x: np.ndarray, num_rows: int, value: int) -> np.ndarray:
-    padding = np.full((num_rows - len(x), *x.shape[1:]), value, x.dtype)
-    return np.concatenate([x, padding])
+def _pad_rows(x: Array, num_rows: int, value: int) -> np.ndarray:
+    padding = np.full((num_rows - x.shape[0], *x.shape[1:]), value, x.dtype)
+    return np.concatenate([np.asarray(x), padding])
 
 
 def start_bank(latents: Sequence[LatentState], max_start_step: int) -> LatentState:
@@ -126,17 +130,3 @@ def start_bank(latents: Sequence[LatentState], max_start_step: int) -> LatentSta
 def latent_at(latent: LatentState, index: slice | int) -> LatentState:
     """Indexes the leading axis."""
     return jax.tree.map(lambda x: x[index], latent)
-
-
-def attempts(episodes: Sequence[StepBatch], task: int, *, min_steps: int = 8) -> list[StepBatch]:
-    """Cuts the annotated attempts at one task, successes and failures, out of play.
-
-    Each attempt is an episode of its own, so that its first frame meets the filter as an evaluation's does.
-    """
-    found = []
-    for episode in episodes:
-        change = np.flatnonzero(np.diff(episode.task, prepend=-2, append=-2))
-        for start, end in zip(change[:-1], change[1:], strict=True):
-            if episode.task[start] == task and end - start >= min_steps:
-                found.append(jax.tree.map(lambda x, start=start, end=end: x[start:end], episode))
-    return found

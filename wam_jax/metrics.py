@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 
 import jax
@@ -23,6 +24,19 @@ def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
 def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Copies the first device's metrics [D, N] to the host: {name: [N]}."""
     return {name: np.asarray(value.addressable_shards[0].data)[0] for name, value in metrics.items()}
+
+
+def machine() -> str:
+    """What this process runs on, for the head of a result: processor, cores it may use, devices, versions."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        processor = names[0] if names else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    return f"{processor}, {cores} cores used, {devices}, jax {jax.__version__}"
 
 
 class MetricsWriter:

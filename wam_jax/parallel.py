@@ -42,11 +42,11 @@ def local_devices(num_devices: int) -> list[jax.Device]:
     return devices[: num_devices or len(devices)]
 
 
-def check_batch_size(batch_size: int, num_devices: int) -> None:
+def check_batch_size(batch_size: int, num_devices: int, *, name: str = "batch_size") -> None:
     """Raises a ValueError where a batch cannot be split evenly over the devices."""
     if batch_size <= 0 or batch_size % num_devices:
         raise ValueError(
-            f"batch_size={batch_size} is not divisible by {num_devices} devices; the nearest that is: "
+            f"{name}={batch_size} is not divisible by {num_devices} devices; the nearest that is: "
             f"{max(1, round(batch_size / num_devices)) * num_devices}"
         )
 

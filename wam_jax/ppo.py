@@ -35,6 +35,7 @@ from wam_jax import diffusion_policy, imagination
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.imagination import ImaginationInputs, ImagineStep, RewardRule, Rollout
 from wam_jax.networks.denoiser import Critic
+from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.reward_scaling import RewardScale, scale_reward, valid_moments
 from wam_jax.types import Array, Metrics, Params
@@ -78,9 +79,14 @@ def critic(settings: Any) -> Critic:
 
 def optimizers(settings: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """AdamW at constant learning rates, for actor and critic; the actor's gradient is clipped by its global norm."""
-    actor = optax.adamw(settings.actor_learning_rate, weight_decay=settings.weight_decay)
-    actor = optax.chain(optax.clip_by_global_norm(settings.actor_max_gradient_norm), actor)
-    return actor, optax.adamw(settings.critic_learning_rate, weight_decay=settings.weight_decay)
+    return (
+        adamw(
+            settings.actor_learning_rate,
+            weight_decay=settings.weight_decay,
+            max_gradient_norm=settings.actor_max_gradient_norm,
+        ),
+        adamw(settings.critic_learning_rate, weight_decay=settings.weight_decay),
+    )
 
 
 def init(rng: Array, base_policy_params: Params, state_dim: int, settings: Any) -> PPOState:

@@ -129,12 +129,15 @@ def shard_path(directory: str | Path, name: str, split: str, index: int, num_sha
     return Path(directory) / f"{name}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
 
 
-def start_dataset(directory: str | Path, plan: Mapping) -> None:
+def start_dataset(directory: str | Path, plan: Mapping) -> bool:
     """Creates the directory and notes what its shards will be made from.
 
     Args:
       directory: may exist already, with shards of an earlier run of the same plan.
       plan: JSON values that decide the shards' contents (input, image size, number of shards, ...).
+
+    Returns:
+      whether the dataset is complete: an earlier run has finished it.
 
     Raises:
       ValueError: the directory holds shards of another plan.
@@ -150,7 +153,11 @@ def start_dataset(directory: str | Path, plan: Mapping) -> None:
             f"{directory} holds a dataset made with other settings ({', '.join(changed)} differ, see {path}); "
             "use the same settings, choose another directory, or delete this one"
         )
-    path.write_text(text)
+    if not path.exists():
+        temporary = path.with_name(PLAN_FILE + ".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    return (directory / "dataset_info.json").exists()
 
 
 def write_shard(

@@ -5,7 +5,7 @@ classification MLP on the embedding with cross-entropy; the two losses are summe
 
 Keys of `settings` (the paper's values where it gives them):
     embedding_dims (512, 512), classification_dims (512, 512), temperature 0.1
-    learning_rate 1e-4, weight_decay 1e-4, resample_latent True, batch_size 256 (per device; only `update_from_bank`)
+    learning_rate 3e-4, weight_decay 1e-4, resample_latent True, batch_size 256 (per device; only `update_from_bank`)
     threshold 0.5, consecutive 1: a rollout succeeds once this many frames in a row exceed the threshold. The paper
         rewards a single frame; more of them remove fires that flicker.
 """
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from wam_jax.networks import rssm
+from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.types import Array, LatentState, Metrics, Params
 
@@ -65,7 +66,7 @@ def network(settings: Any) -> SuccessClassifier:
 
 def optimizer(settings: Any) -> optax.GradientTransformation:
     """AdamW at a constant learning rate."""
-    return optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+    return adamw(settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def init(rng: Array, state_dim: int, settings: Any) -> ClassifierState:

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from wam_jax.specs import TASKS
 
-STAGES = ("expert", "random", "bc", "ppo")  # in the order of the printed columns
+STAGES = ("expert", "bc", "ppo")  # in the order of the printed columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"Success in the environment, % [95 % Wilson interval], {' or '.join(map(str, episodes))} episodes a task; "
-        "in brackets behind it: success of the same policy from the same starts imagined by the world model.",
+        "in parentheses: success of the same policy from the same starts imagined by the world model.",
     ]
     return "\n".join(lines) + "\n"
 

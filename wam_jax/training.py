@@ -95,7 +95,7 @@ def fit(
       the final state, on the host.
 
     Raises:
-      ValueError: num_steps is not divisible by updates_per_call.
+      ValueError: num_steps, or what is left of it after a resume, is not divisible by updates_per_call.
       FloatingPointError: a metric is not finite; names it and the step.
       KeyboardInterrupt: interrupted, after saving.
     """
@@ -108,6 +108,11 @@ def fit(
             state = checkpointer.restore(state, settings)
         if step >= num_steps:
             return state
+        if (num_steps - step) % updates_per_call:
+            raise ValueError(
+                f"{stage} goes on from step {step} of {num_steps}: the {num_steps - step} that are left are not "
+                f"divisible by updates_per_call={updates_per_call}; take the value that the run began with"
+            )
         state = parallel.replicate(state, devices)
         writer = stack.enter_context(contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step)))
         batches = make_batches(step)

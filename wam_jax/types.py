@@ -3,12 +3,13 @@
 Axis legend, used in every shape of this project:
 
     B  batch (windows, episodes or rollouts)      T  time, in control steps of 1/30 s
-    H  imagined horizon, in decisions             C  chunk, the actions of one decision (4)
+    H  imagined horizon, in decisions (in world_model.imagine: steps)
+    C  chunk, the actions of one decision (4)     M  rows of a bank (latents that batches are drawn from)
     K  denoising steps (20)                       F  the last denoising steps, which PPO fine-tunes (10)
     A  action dim (7)                             P  proprioception dim as the network sees it (18)
-    D  deterministic state of the RSSM            S  categorical latents of the RSSM
+    D  devices; sizes: deterministic state        S  categorical latents of the RSSM
     V  classes of each latent                     N  updates of one dispatch
-    E  embedding of the encoder
+    E  an embedding, of encoder or classifier
 """
 
 import flax.struct

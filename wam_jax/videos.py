@@ -29,7 +29,8 @@ def open_loop(
       context: real frames that the model filters first; the frames from there on are imagined.
 
     Returns:
-      predicted images (static, gripper), uint8 [T + 1, 64, 64, 3]: reconstructions of the context, then predictions.
+      predicted images (static, gripper), uint8 [T + 1, 64, 64, 3]: reconstructions of the context, then predictions;
+      with `soft_prior` from expected z, which blurs what is uncertain (the decoder is trained on samples).
     """
     return jax.device_get(_open_loop(model, context)(params, observation, jnp.asarray(action), rng))
 

@@ -90,12 +90,19 @@ def read_frame(path: Path) -> dict[str, np.ndarray]:
         if missing:
             raise ValueError(f"{path}: has no array {missing[0]!r}, only {', '.join(sorted(present))}; {_MEND}")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in FRAME_ARRAYS}
+            arrays = {key: _read_array(path, file, key) for key in FRAME_ARRAYS}
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read as npz ({' '.join(str(error).split())}); {_MEND}") from error
     for key, array in arrays.items():
         _check_array(path, key, array)
     return arrays
+
+
+def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    try:
+        return file[key]
+    except ValueError as error:  # an object array, which only unpickling could read
+        raise ValueError(f"{path}: {key} cannot be read ({error}); {_MEND}") from error
 
 
 def _check_array(path: Path, key: str, array: np.ndarray) -> None:

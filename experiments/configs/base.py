@@ -64,7 +64,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "final_learning_rate": 3e-4,  # WAM: constant; less makes it a cosine over num_steps
             "weight_decay": 0.05,  # WAM
             "adam_epsilon": 1e-5,  # LUMOS
-            "max_gradient_norm": 100.0,  # LUMOS, here on true gradients
+            "max_gradient_norm": 100.0,  # LUMOS, here on true gradients; with weights of 1000 it clips every update
             "num_steps": 230_000,  # WAM (its DreamerV2 baseline: 2M)
             "updates_per_call": 10,
             "save_every": 2000,
@@ -85,10 +85,10 @@ def get_config(method: str = "wam") -> ConfigDict:
             "batch_size": 256,  # WAM
             "learning_rate": 1e-4,  # WAM
             "final_learning_rate": 1e-5,  # WAM
-            "warmup_steps": 100,
+            "warmup_steps": 100,  # DPPO, there in epochs
             "weight_decay": 1e-6,  # WAM
             "ema_decay": 0.995,  # WAM
-            "resample_latent": True,  # z drawn anew at every update
+            "resample_latent": True,  # ours: z drawn anew at every update
             "soft_feature": False,  # True: expected z in place of samples, for reward and PPO too
             "standardize": False,  # True: features standardised over the demonstrations
             "num_steps": 40_000,  # WAM: 5,000 epochs of 50 demonstrations, about 8 batches each
@@ -100,12 +100,12 @@ def get_config(method: str = "wam") -> ConfigDict:
         {
             "embedding_dims": (512, 512),  # DiWA
             "classification_dims": (512, 512),  # DiWA
-            "temperature": 0.1,  # of NT-Xent
-            "use_play": True,  # annotated attempts of play, failures among them, beside the demonstrations
+            "temperature": 0.1,  # of NT-Xent; ours, DiWA gives none
+            "use_play": True,  # ours: annotated attempts of play, failures among them, beside the demonstrations
             "threshold": 0.5,  # argmax of two classes
             "consecutive": 1,  # frames in a row that must say success; DiWA looks at the last frame of a chunk
-            "resample_latent": True,
-            "batch_size": 256,
+            "resample_latent": True,  # ours
+            "batch_size": 256,  # this and the next three: ours, the papers give none
             "learning_rate": 3e-4,
             "weight_decay": 1e-4,
             "num_steps": 5000,
@@ -117,7 +117,6 @@ def get_config(method: str = "wam") -> ConfigDict:
         {
             "num_iterations": 800,  # WAM
             "num_rollouts": 50,  # WAM
-            "horizon": MAX_EPISODE_STEPS // 4,  # decisions
             "max_start_step": 0,  # imagination starts at a demonstration's first frame (DiWA)
             "resample_latent": True,  # z of the start drawn anew for every rollout
             "batch_size": 7500,  # WAM: more decisions than there are, so one full-batch step an epoch

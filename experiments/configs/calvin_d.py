@@ -1,4 +1,4 @@
-"""The paper: CALVIN environment D, full sizes; every value and its source stands in base.py.
+"""The paper: CALVIN environment D, full sizes; every value stands in base.py with its source.
 
 Command: python -m experiments.train_world_model --config=experiments/configs/calvin_d.py --workdir=runs/calvin_d
 with --config.dataset.play=DIR, the converted task_D_D (see data/README.md)
@@ -12,11 +12,11 @@ from experiments.configs import base
 
 
 def get_config(method: str = "wam") -> ConfigDict:
-    """The paper's settings as they are, data from `--config.dataset.play`."""
+    """The paper's settings (what is ours is marked in base.py), data from `--config.dataset.play`."""
     config = base.get_config(method)
     with config.unlocked():
         config.environment = "calvin"
         config.dataset.cache = "none"  # 500,000 frames decoded are 12 GB
-        config.world_model.compute_dtype = "bfloat16"
+        config.world_model.compute_dtype = "bfloat16"  # ours, for accelerators; losses and parameters stay float32
         config.evaluation.num_episodes = 29  # WAM's start configurations a task
     return config

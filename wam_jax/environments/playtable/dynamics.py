@@ -94,7 +94,7 @@ def step(state: State, action: Array) -> State:
     state = state.replace(
         target_position=state.target_position + specs.POSITION_SCALE * action[:3],
         target_euler=state.target_euler + specs.EULER_SCALE * action[3:6],
-        gripper_command=jnp.where(action[6] > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE),
+        gripper_command=jnp.where(action[6] > 0, specs.GRIPPER_OPEN, jnp.float32(specs.GRIPPER_CLOSE)),
     )
     carry = (state, deepest_overlap(state), jnp.int32(0))
     return _lights(jax.lax.fori_loop(0, SUBSTEPS, lambda _, carry: _substep(*carry), carry)[0])

@@ -220,7 +220,7 @@ def test_losses_and_samples_are_float32(dtype):
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_standardised_policy_sees_features_of_mean_zero_and_trains_their_constants_not_at_all(soft):
-    settings, batch = make_settings(standardize=True, soft_feature=soft, weight_decay=0.0), make_batch()
+    settings, batch = make_settings(standardize=True, soft_feature=soft, weight_decay=0.1), make_batch()
     init = jax.jit(functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=settings))
     state = jax.jit(functools.partial(diffusion_policy.set_statistics, settings=settings))(
         init(jax.random.key(0)), batch.latent

@@ -32,13 +32,14 @@ from jax import lax
 from wam_jax import specs
 from wam_jax.networks import rssm
 from wam_jax.networks.denoiser import Denoiser
-from wam_jax.optimizers import CONSTANTS, adamw
+from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.types import Array, LatentState, Metrics, Params
 
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
 MIN_FEATURE_STD = 0.02  # added, so that entries that hardly move in the demonstrations are not blown up
+_CONSTANTS = "standardized"  # the denoiser's parameters that are constants of the demonstrations
 LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
 
 
@@ -134,7 +135,12 @@ def optimizer(settings: Any) -> optax.GradientTransformation:
         decay_steps=settings.decay_steps,
         end_value=settings.final_learning_rate,
     )
-    return adamw(learning_rate, weight_decay=settings.weight_decay)
+    return adamw(learning_rate, weight_decay=settings.weight_decay, decayed=decayed)
+
+
+def decayed(params: Params) -> Params:
+    """Which parameters decay: all but the constants of `Standardize`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _CONSTANTS not in {key.key for key in path}, params)
 
 
 def init(rng: Array, state_dim: int, settings: Any) -> PolicyState:
@@ -166,7 +172,7 @@ def set_statistics(state: PolicyState, demonstrated: LatentState, *, settings: A
     constants = {"mean": jnp.mean(rows, axis=0), "std": jnp.std(rows, axis=0) + MIN_FEATURE_STD}
 
     def with_constants(params):
-        return {"params": {**params["params"], CONSTANTS: constants}}
+        return {"params": {**params["params"], _CONSTANTS: constants}}
 
     return state.replace(params=with_constants(state.params), ema_params=with_constants(state.ema_params))
 

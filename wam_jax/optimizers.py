@@ -1,11 +1,9 @@
 """The optimiser of every stage: AdamW, built from plain numbers."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
-
-CONSTANTS = "standardized"  # parameters under this name are constants of the data: no weight decay
 
 
 def adamw(
@@ -14,14 +12,18 @@ def adamw(
     weight_decay: float = 0.0,
     epsilon: float = 1e-8,
     max_gradient_norm: float = float("inf"),
+    decayed: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping the gradients by their global norm; inf does not clip."""
-    decay = optax.adamw(learning_rate, eps=epsilon, weight_decay=weight_decay, mask=_decayed)
-    return optax.chain(optax.clip_by_global_norm(max_gradient_norm), decay)
+    """AdamW (Loshchilov & Hutter 2019) after clipping the gradients by their global norm.
 
-
-def _decayed(params: Any) -> Any:
-    """Which leaves weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: CONSTANTS not in {getattr(k, "key", None) for k in path}, params
+    Args:
+      learning_rate: a number, or a function of the update.
+      weight_decay: share of a parameter that a learning rate of 1 takes off at each update.
+      epsilon: added to the root of the second moment.
+      max_gradient_norm: inf does not clip.
+      decayed: from the parameters to a tree of bools, which of them decay; None: all.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(max_gradient_norm),
+        optax.adamw(learning_rate, eps=epsilon, weight_decay=weight_decay, mask=decayed),
     )

@@ -84,6 +84,7 @@ def optimizers(settings: Any) -> tuple[optax.GradientTransformation, optax.Gradi
             settings.actor_learning_rate,
             weight_decay=settings.weight_decay,
             max_gradient_norm=settings.actor_max_gradient_norm,
+            decayed=diffusion_policy.decayed,
         ),
         adamw(settings.critic_learning_rate, weight_decay=settings.weight_decay),
     )

@@ -9,7 +9,6 @@ import jax
 
 from experiments import launch, train_policy, train_reward, train_world_model
 from wam_jax import imagination, latents, parallel, ppo, specs, success_classifier, training, world_model
-from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.world_model import WorldModel
 
@@ -87,9 +86,10 @@ def load(config, workdir: str, task: str) -> PolicyParams:
     """The fine-tuned policy of a task: the cloned one for the first denoising steps, PPO's for the last."""
     base = train_policy.load(config, workdir, task)
     template = jax.eval_shape(functools.partial(initial_state, config, task), base)
-    checkpointer = Checkpointer(f"{workdir}/{stage(task)}")
-    state = checkpointer.restore(template, ppo_settings(config).to_dict())
-    checkpointer.close()
+    state = training.load_finished(
+        template, stage=stage(task), workdir=workdir, settings=ppo_settings(config).to_dict(),
+        num_steps=config.ppo.num_iterations, binary="finetune_policy",
+    )  # fmt: skip
     return PolicyParams(base=base, finetuned=state.params.actor)
 
 

@@ -1,7 +1,10 @@
 """What all binaries share: flags, checks of the config, one-line errors, the compilation cache."""
 
+import fcntl
 import json
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from wam_jax import environments, input_pipeline, parallel, specs, world_model
+from wam_jax import environments, input_pipeline, json_files, parallel, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -17,6 +20,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, che
 PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of the datasets that are collected
 # What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
 # the world model, say, would leave policies behind that were cloned on other latents.
+_OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
+_LOCKS: list = []
+_MAY_BE_0 = (
+    "seed",
+    "num_devices",
+    "max_start_step",
+    "critic_warmup",
+    "warmup_steps",
+)  # whole numbers; others: 1 or more
+_SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount")
+_POSITIVE = (
+    *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
+    *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip"),
+)
 _FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
 
 
@@ -31,13 +48,15 @@ def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
             run(prepare(CONFIG.value, str(WORKDIR.value)), str(WORKDIR.value))
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")
         except KeyboardInterrupt as interruption:
-            print(f"interrupted: {interruption}", file=sys.stderr)
+            where = str(interruption) or "finished work is kept; the same command goes on from there"
+            print(f"interrupted: {where}", file=sys.stderr)
             sys.exit(130)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what cleans up then, cleans up now
     app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -77,6 +96,7 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     check(config)
+    _lock(workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -94,6 +114,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.tasks is empty; name at least one of {', '.join(specs.TASKS)}")
     for task in config.tasks:
         specs.task_index(task)
+        if list(config.tasks).count(task) > 1:
+            raise ValueError(f"config.tasks names {task!r} twice; name each task once")
+    _check_ranges(_flat(config.to_dict(), "config."))
     specs.task_index(config.evaluation.video_task)
     num_devices = len(parallel.local_devices(config.num_devices))
     for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
@@ -106,9 +129,7 @@ def check(config: ConfigDict) -> None:
     lengths = {"world_model": "num_steps", "policy": "num_steps", "reward": "num_steps", "ppo": "num_iterations"}
     for stage, key in lengths.items():
         steps, call = config[stage][key], config[stage].updates_per_call
-        if call < 1:
-            raise ValueError(f"config.{stage}.updates_per_call={call}; expected 1 or more")
-        if steps < 1 or steps % call:
+        if steps % call:
             raise ValueError(
                 f"config.{stage}.{key}={steps} is not a positive multiple of updates_per_call={call}; take "
                 f"{max(1, round(steps / call)) * call}"
@@ -128,11 +149,34 @@ def check(config: ConfigDict) -> None:
     _check_data(config)
 
 
+def _check_ranges(values: dict) -> None:
+    """Checks every number by the kind that its name says: a size, a count, a share, a rate or a weight."""
+    for name, value in values.items():
+        key = name.rpartition(".")[2]
+        if isinstance(value, tuple | list) and key.endswith("_dims"):
+            good, expected = len(value) > 0 and min(value) >= 1, "one size or more, each at least 1"
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        elif isinstance(value, int):
+            least = 0 if key in _MAY_BE_0 else 1
+            good, expected = value >= least, f"{least} or more"
+        elif key in _SHARES:
+            good, expected = 0 <= value <= 1, "a number from 0 to 1"
+        elif key in _POSITIVE:
+            good, expected = 0 < value < math.inf, "a number above 0"
+        else:
+            unbounded = key.endswith("max_gradient_norm")
+            good, expected = 0 <= value < math.inf or (unbounded and value == math.inf), "a number of 0 or more"
+        if not good:
+            raise ValueError(f"{name}={value}; expected {expected}")
+
+
 def _check_agreement(config: ConfigDict) -> None:
     """Checks values that only make sense together."""
-    for stage, key in (("evaluation", "num_episodes"), ("ppo", "batch_size"), ("ppo", "epochs"), ("policy", "chunk")):
-        if config[stage][key] < 1:
-            raise ValueError(f"config.{stage}.{key}={config[stage][key]}; expected 1 or more")
+    if config.policy.compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"config.policy.compute_dtype={config.policy.compute_dtype!r}; expected 'float32' or 'bfloat16'"
+        )
     chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
     if max_steps < chunk or max_steps % chunk:
         raise ValueError(
@@ -163,9 +207,6 @@ def _check_data(config: ConfigDict) -> None:
     if data.cache not in input_pipeline.STORES:
         raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.STORES)}")
     if not data.play:
-        for key in ("play_episodes", "validation_episodes", "play_steps"):
-            if data[key] < 1:
-                raise ValueError(f"config.dataset.{key}={data[key]}; expected 1 or more")
         if window > data.play_steps:
             raise ValueError(
                 f"config.world_model.window_length={window} is longer than every episode: config.dataset.play_steps="
@@ -176,19 +217,22 @@ def _check_data(config: ConfigDict) -> None:
             f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest has "
             f"{max(input_pipeline.episode_lengths(data.play, 'train'))} steps; shorten the window"
         )
-    if not data.demonstrations and data.demonstrations_per_task < 1:
-        raise ValueError(f"config.dataset.demonstrations_per_task={data.demonstrations_per_task}; expected 1 or more")
     if data.demonstrations:
-        input_pipeline.episode_lengths(data.demonstrations, "train")
+        found = set(input_pipeline.episode_tasks(data.demonstrations))
+        missing = [task for task in config.tasks if specs.task_index(task) not in found]
+        if missing:
+            raise ValueError(
+                f"config.dataset.demonstrations={data.demonstrations} holds no demonstration of {', '.join(missing)}; "
+                "collect some, or leave the task out: --config.tasks=\"('open_drawer',)\""
+            )
 
 
 def _check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Writes config.json, or compares it: a workdir holds the files of one config."""
+    """Writes config.json, or compares it: a workdir holds the files of one config, once it holds any."""
     path = os.path.join(workdir, "config.json")
     new = json.loads(config.to_json_best_effort())
-    if os.path.exists(path):
-        with open(path) as file:
-            old = json.load(file)
+    if os.path.exists(path) and _holds_work(workdir):
+        old = json_files.read(path, "delete it if you know that the config of this run has not changed")
         flat_old, flat_new = _flat(old), _flat(new)
         changed = sorted(
             key
@@ -202,10 +246,31 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
                 f"{f' (and {len(changed) - 1} more differences)' if changed[1:] else ''}; use another --workdir, or "
                 "the value it was made with"
             )
-    os.makedirs(workdir, exist_ok=True)
-    with open(path + ".tmp", "w") as file:
-        json.dump(new, file, indent=1)
-    os.replace(path + ".tmp", path)
+    json_files.write(path, new)
+
+
+def _holds_work(workdir: str) -> bool:
+    return any(name not in _OWN_FILES for _, _, names in os.walk(workdir) for name in names)
+
+
+def _lock(workdir: str) -> None:
+    """Refuses a second run in the workdir while this one lives; the lock ends with the process.
+
+    Raises:
+      ValueError: another process works there, or the folder cannot be made or written.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115 (held as long as the process lives)
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be made or written ({error}); name another folder") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run works in {workdir}; wait for it, or use another --workdir") from None
+    except OSError as error:  # some network file systems have no locks
+        logging.warning("%s is not locked: %s", workdir, error)
+    _LOCKS.append(file)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

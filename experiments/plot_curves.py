@@ -38,6 +38,7 @@ def main(argv) -> None:
             _line(axis, metrics.read(workdir, f"ppo/{task}"), "imagined_success", name)
         axis.set(title=f"PPO: {task.replace('_', ' ')}", xlabel="iteration", ylabel="imagined success", ylim=(0, 1.02))
     path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path + ".tmp", format="png", dpi=90)
     os.replace(path + ".tmp", path)
     print(f"written to {path}")

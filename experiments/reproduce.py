@@ -3,7 +3,6 @@
 python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 """
 
-import json
 import os
 import time
 
@@ -19,7 +18,7 @@ from experiments import (
     train_reward,
     train_world_model,
 )
-from wam_jax import environments, evaluation, metrics, tables, videos
+from wam_jax import environments, evaluation, json_files, metrics, tables, videos
 
 VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
@@ -68,16 +67,14 @@ def film(config, workdir: str) -> None:
 def note_seconds(workdir: str, stage: str, seconds: float) -> None:
     """Adds wall seconds to a stage's sum in stages.json, over all runs that worked on it."""
     path = os.path.join(workdir, "stages.json")
-    notes = {}
-    if os.path.exists(path):
-        with open(path) as file:
-            notes = json.load(file)
+    try:
+        notes = json_files.read(path, "")
+    except (OSError, ValueError):  # none yet, or damaged: they are only notes
+        notes = {}
     notes["machine"] = metrics.machine()
     notes.setdefault("seconds", {})
     notes["seconds"][stage] = round(notes["seconds"].get(stage, 0.0) + seconds, 1)
-    with open(path + ".tmp", "w") as file:
-        json.dump(notes, file, indent=1)
-    os.replace(path + ".tmp", path)
+    json_files.write(path, notes)
     logging.info("%s took %.1f s", stage, seconds)
 
 

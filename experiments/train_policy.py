@@ -9,7 +9,6 @@ import jax
 
 from experiments import launch, train_world_model
 from wam_jax import diffusion_policy, input_pipeline, latents, parallel, specs, training, world_model
-from wam_jax.checkpoints import Checkpointer
 from wam_jax.types import LatentState, Params, StepBatch
 
 
@@ -78,10 +77,10 @@ def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentSt
 def load(config, workdir: str, task: str) -> Params:
     """The cloned policy of a task: the moving average of its parameters."""
     template = jax.eval_shape(functools.partial(initial_state, config, task))
-    checkpointer = Checkpointer(f"{workdir}/{stage(task)}")
-    state = checkpointer.restore(template, policy_settings(config).to_dict())
-    checkpointer.close()
-    return state.ema_params
+    return training.load_finished(
+        template, stage=stage(task), workdir=workdir, settings=policy_settings(config).to_dict(),
+        num_steps=config.policy.num_steps, binary="train_policy",
+    ).ema_params  # fmt: skip
 
 
 if __name__ == "__main__":

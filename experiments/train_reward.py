@@ -4,15 +4,13 @@ python -m experiments.train_reward --config=experiments/configs/quickstart.py --
 """
 
 import functools
-import json
 import os
 
 import jax
 import numpy as np
 
 from experiments import launch, train_policy, train_world_model
-from wam_jax import input_pipeline, latents, parallel, specs, success_classifier, training, world_model
-from wam_jax.checkpoints import Checkpointer
+from wam_jax import input_pipeline, json_files, latents, parallel, specs, success_classifier, training, world_model
 from wam_jax.types import LatentState, Params, StepBatch
 
 
@@ -100,27 +98,21 @@ def _quality(params: Params, bank, held_out, settings) -> dict:
 def read_quality(workdir: str) -> dict:
     """What `write_quality` has written, {} where it has not."""
     path = os.path.join(workdir, "reward", "quality.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path) as file:
-        return json.load(file)
+    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
 
 
 def write_quality(workdir: str, quality: dict) -> None:
     """Writes `reward/quality.json`: for each task and split precision, recall, accuracy and the share of successes."""
-    path = os.path.join(workdir, "reward", "quality.json")
-    with open(path + ".tmp", "w") as file:
-        json.dump(quality, file, indent=1)
-    os.replace(path + ".tmp", path)
+    json_files.write(os.path.join(workdir, "reward", "quality.json"), quality)
 
 
 def load(config, workdir: str, task: str) -> Params:
     """The success classifier of a task."""
     template = jax.eval_shape(functools.partial(initial_state, config, task))
-    checkpointer = Checkpointer(f"{workdir}/{stage(task)}")
-    state = checkpointer.restore(template, reward_settings(config).to_dict())
-    checkpointer.close()
-    return state.params
+    return training.load_finished(
+        template, stage=stage(task), workdir=workdir, settings=reward_settings(config).to_dict(),
+        num_steps=config.reward.num_steps, binary="train_reward",
+    ).params  # fmt: skip
 
 
 if __name__ == "__main__":

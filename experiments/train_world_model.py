@@ -9,7 +9,6 @@ import jax
 
 from experiments import launch
 from wam_jax import input_pipeline, parallel, training, world_model
-from wam_jax.checkpoints import Checkpointer
 from wam_jax.types import Params
 from wam_jax.world_model import WorldModel
 
@@ -58,13 +57,14 @@ def load(config, workdir: str) -> tuple[WorldModel, Params]:
     """Loads the frozen world model that later stages build on.
 
     Raises:
-      ValueError: there is none yet, or it is of another size than the config says.
+      ValueError: there is none yet, it is not trained to the end, or it is of another size than the config says.
     """
     model = world_model.build(config.world_model)
     template = jax.eval_shape(functools.partial(world_model.create_state, model), jax.random.key(0))
-    checkpointer = Checkpointer(f"{workdir}/{STAGE}")
-    state = checkpointer.restore(template, config.world_model.to_dict())
-    checkpointer.close()
+    state = training.load_finished(
+        template, stage=STAGE, workdir=workdir, settings=config.world_model.to_dict(),
+        num_steps=config.world_model.num_steps, binary="train_world_model",
+    )  # fmt: skip
     return model, state.params
 
 

@@ -106,6 +106,23 @@ def test_no_checkpoint_is_named(tmp_path):
         restore(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["no state", "no settings", "empty files", "empty folder"])
+def test_a_damaged_checkpoint_is_named_with_the_mend(tmp_path, damage):
+    save(tmp_path, (1, 2))
+    if damage == "empty files":
+        for path in (tmp_path / "2" / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    else:
+        for part in {"no state": ["state"], "no settings": ["settings"], "empty folder": ["state", "settings"]}[damage]:
+            shutil.rmtree(tmp_path / "2" / part)
+    with pytest.raises(ValueError, match=f"{tmp_path}/2 .*; delete that folder: the stage then goes on") as error:
+        restore(tmp_path)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "2")
+    assert restore(tmp_path)["step"] == 1
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
     save(tmp_path)
     save(tmp_path)

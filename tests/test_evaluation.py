@@ -213,7 +213,7 @@ def test_start_latents_are_those_of_the_rollout():
 
 def save(workdir, stage, state, settings):
     checkpointer = Checkpointer(f"{workdir}/{stage}")
-    checkpointer.save(1, state, settings.to_dict())
+    checkpointer.save(settings.num_steps, state, settings.to_dict())
     checkpointer.close()
 
 
@@ -302,5 +302,5 @@ def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, sta
 
 
 def test_a_missing_stage_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path}/policy/{TASK}"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/policy/{TASK} is at step 0 of 4; run experiments.train_policy"):
         train_policy.load(CONFIG, str(tmp_path), TASK)

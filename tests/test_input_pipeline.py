@@ -76,6 +76,10 @@ def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_s
     assert input_pipeline.read_attempts(tmp_path, "validation", [0]) == {0: []}
 
 
+def test_the_task_of_every_episode(directory):
+    assert input_pipeline.episode_tasks(directory) == [0, 1, 2, 3, 4]
+
+
 def test_windows_lie_within_episodes_and_an_epoch_holds_each_once(directory):
     (batch,) = take(directory, 1, batch_size=STARTS)  # exactly one epoch
     action = batch.action[0, 0]
@@ -172,6 +176,23 @@ def test_half_written_and_foreign_directories_are_named(tmp_path):
     (tmp_path / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="half-written .*run the command that wrote it again"):
         input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path):
+    rlds.write_dataset(tmp_path, "whole", {"train": [make_episode(0, 6)]})
+    (shard,) = tmp_path.glob("*.array_record-*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="shards of 'train' hold .* bytes, written were .*write it again"):
+        input_pipeline.read_episodes(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+        input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
+    shard.write_bytes(content)
+    assert len(input_pipeline.read_episodes(tmp_path)) == 1
+    (tmp_path / "features.json").unlink()
+    with pytest.raises(ValueError, match="metadata cannot be read .*; write the dataset again"):
+        input_pipeline.read_episodes(tmp_path)
 
 
 def test_closing_ends_every_thread(directory):

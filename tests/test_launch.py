@@ -1,6 +1,8 @@
 """A user's mistake is one line that names the value and the mend, before any work starts."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import helpers
@@ -46,17 +48,24 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("environment", "kitchen", "config.environment='kitchen'; expected one of playtable, calvin"),
         ("evaluation.video_task", "fly", "unknown task 'fly'; expected one of open_drawer"),
         ("num_devices", 999, "num_devices=999, but this host has .*; ask for at most"),
-        ("num_devices", -1, "num_devices=-1, but this host has"),
-        ("world_model.batch_size", 0, "config.world_model.batch_size=0 is not divisible .* the nearest that is: "),
-        ("policy.batch_size", -8, "config.policy.batch_size=-8 is not divisible"),
-        ("ppo.num_rollouts", 0, "config.ppo.num_rollouts=0 is not divisible"),
+        ("num_devices", -1, "config.num_devices=-1; expected 0 or more"),
+        ("seed", -1, "config.seed=-1; expected 0 or more"),
+        ("world_model.batch_size", 0, "config.world_model.batch_size=0; expected 1 or more"),
+        ("world_model.encoder_width", 0, "config.world_model.encoder_width=0; expected 1 or more"),
+        ("world_model.learning_rate", float("nan"), "config.world_model.learning_rate=nan; expected a number above 0"),
+        ("world_model.kl_weight", float("inf"), "config.world_model.kl_weight=inf; expected a number above 0"),
+        ("world_model.open_loop_weight", -1.0, "config.world_model.open_loop_weight=-1.0; expected a number of 0 or"),
+        ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
+        ("policy.compute_dtype", "half", "config.policy.compute_dtype='half'; expected"),
+        ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
+        ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),
+        ("tasks", ("open_drawer", "open_drawer"), "config.tasks names 'open_drawer' twice"),
         ("reward.batch_size", 7, "config.reward.batch_size=7 must be even .* take a multiple of 2"),
         ("world_model.num_steps", 5, "config.world_model.num_steps=5 is not a positive multiple of .*=2; take 4"),
-        ("world_model.num_steps", 0, "config.world_model.num_steps=0 is not a positive multiple of .*=2; take 2"),
         ("policy.num_steps", 7, "config.policy.num_steps=7 .*; take 8"),
         ("reward.num_steps", 3, "config.reward.num_steps=3 .*; take"),
         ("ppo.num_iterations", 3, "config.ppo.num_iterations=3 .*updates_per_call=2; take"),
-        ("world_model.updates_per_call", 0, "config.world_model.updates_per_call=0"),
+        ("world_model.updates_per_call", 0, "config.world_model.updates_per_call=0; expected 1 or more"),
         ("tasks", (), "config.tasks is empty; name at least one of open_drawer"),
         ("evaluation.num_episodes", 0, "config.evaluation.num_episodes=0; expected 1 or more"),
         ("ppo.batch_size", 0, "config.ppo.batch_size=0; expected 1 or more"),
@@ -105,20 +114,56 @@ def test_batches_must_divide_over_the_devices(monkeypatch):
 )
 def test_a_workdir_of_another_config_is_refused(tmp_path, path, value):
     launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ValueError, match=f"{tmp_path} holds a run with config.{path}=.*; use another --workdir"):
         launch.prepare(change(path, value), str(tmp_path))
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_workdir_without_work_takes_another_config(tmp_path):
+    launch.prepare(change("environment", "calvin"), str(tmp_path))  # as after a mistake that was named later
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="config.environment='playtable', not 'calvin'"):
+        launch.prepare(change("environment", "calvin"), str(tmp_path))
+
+
+def test_a_second_run_in_a_workdir_is_refused_while_the_first_lives(tmp_path):
+    code = "import sys; from experiments import launch; launch._lock(sys.argv[1]); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=helpers.ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"another run works in {tmp_path}; wait for it"):
+            launch.prepare(helpers.make_config(), str(tmp_path))
+        other.communicate(b"\n")
+    launch.prepare(helpers.make_config(), str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"--workdir={tmp_path}/file cannot be made or written"):
+        launch.prepare(helpers.make_config(), str(tmp_path / "file"))
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json is damaged .*; delete it"):
+        launch.prepare(helpers.make_config(), str(tmp_path))
+
+
 def test_all_differences_are_counted(tmp_path):
     launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"config.method='wam', not 'dreamer_v2' \(and 1 more difference\w*\)"):
         launch.prepare(helpers.make_config("dreamer_v2"), str(tmp_path))
 
 
 def test_what_does_not_change_the_files_may_change(tmp_path):
     launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
     config = helpers.make_config()
     for path, value in (("evaluation.num_episodes", 3), ("world_model.save_every", 8), ("policy.save_every", 1)):
         change(path, value, config)
@@ -130,6 +175,7 @@ def test_what_does_not_change_the_files_may_change(tmp_path):
 def test_a_longer_training_needs_a_workdir_of_its_own(tmp_path):
     """Later stages there were trained on the latents of the shorter one."""
     launch.prepare(helpers.make_config(), str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
     config = helpers.make_config()
     change("world_model.num_steps", 8, config)
     with pytest.raises(ValueError, match=r"config.world_model.num_steps=\d+, not 8.*use another --workdir"):

@@ -108,6 +108,9 @@ def test_a_damaged_kept_shard_is_named(tmp_path):
     write(tmp_path, [make_episode()])
     (shard,) = tmp_path.glob("*.array_record-*")
     shard.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="written were .* delete the dataset and write it again"):
+        write(tmp_path, [make_episode()])
+    (tmp_path / "dataset_info.json").unlink()  # as before the last step of writing
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read .*delete it and run again"):
         write(tmp_path, [make_episode()])
 

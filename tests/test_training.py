@@ -1,6 +1,7 @@
 """The training loop: resuming, interruption, broken numbers, and what it writes down."""
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -307,6 +308,18 @@ def test_a_half_written_row_costs_no_other_row(tmp_path):
 def test_steps_that_do_not_divide_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"toy: 5 steps are not divisible by updates_per_call={N}"):
         fit(tmp_path, 5)
+
+
+def test_a_stage_that_is_not_finished_is_not_built_on(tmp_path):
+    arguments = dict(stage="toy", workdir=str(tmp_path), settings={}, binary="train_toy")
+    with pytest.raises(ValueError, match=f"{tmp_path}/toy is at step 0 of 4; run experiments.train_toy"):
+        training.load_finished(np.zeros(2), num_steps=4, **arguments)
+    assert not (tmp_path / "toy").exists()
+    with contextlib.closing(Checkpointer(str(tmp_path / "toy"))) as checkpointer:
+        checkpointer.save(2, np.ones(2), {})
+    with pytest.raises(ValueError, match="is at step 2 of 4"):
+        training.load_finished(np.zeros(2), num_steps=4, **arguments)
+    np.testing.assert_array_equal(training.load_finished(np.zeros(2), num_steps=2, **arguments), np.ones(2))
 
 
 def test_remaining_steps_that_do_not_divide_are_named(tmp_path):

@@ -8,18 +8,30 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+_PARTS = ("state", "settings")
+_MEND = "delete that folder: the stage then goes on from the checkpoint before it, or begins anew"
+
 
 class Checkpointer:
     """The checkpoints of one stage: a train state and the settings it was made with, by step."""
 
     def __init__(self, directory: str, *, max_to_keep: int = 2):
+        """Opens a folder, made where there is none.
+
+        Raises:
+          ValueError: the newest checkpoint lacks a part.
+        """
         self.directory = os.path.abspath(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        step = self.latest_step()
+        if step is not None and not all(os.path.isdir(f"{self.directory}/{step}/{part}") for part in _PARTS):
+            self._manager.close()
+            raise ValueError(f"{self.directory}/{step} is damaged (it should hold {' and '.join(_PARTS)}); {_MEND}")
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, None where there is none."""
+        """The newest checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, settings: dict) -> None:
@@ -48,7 +60,11 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self.directory}; run the stage that writes it first")
         self._check_size(template, settings, step)
         host = jax.tree.map(lambda x: np.zeros(np.shape(x), x.dtype), template)
-        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(host)))["state"]
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(host)))["state"]
+        except Exception as error:  # whatever Orbax and TensorStore meet in damaged files
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.directory}/{step} cannot be read ({reason}); {_MEND}") from error
 
     def wait(self) -> None:
         """Blocks until every save is on disk."""
@@ -60,9 +76,13 @@ class Checkpointer:
         self._manager.close()
 
     def _check_size(self, template, settings, step):
-        with open(os.path.join(self.directory, str(step), "settings", "metadata")) as file:
-            saved_settings = json.load(file)
-        saved = self._manager.item_metadata(step)["state"].tree
+        try:
+            with open(os.path.join(self.directory, str(step), "settings", "metadata")) as file:
+                saved_settings = json.load(file)
+            saved = self._manager.item_metadata(step)["state"].tree
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{self.directory}/{step} cannot be read ({reason}); {_MEND}") from error
         found, expected = _shapes(saved), _shapes(template)
         if found == expected:
             return

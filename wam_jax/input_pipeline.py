@@ -313,6 +313,16 @@ def episode_lengths(directory: str | Path, split: str) -> list[int]:
     return lengths[split]
 
 
+def episode_tasks(directory: str | Path, split: str = "train") -> list[int]:
+    """The task of each episode's first step, an index into specs.TASKS, -1 for none; decodes no image.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = _open_source(_open_builder(directory, split), split)
+    return [int(_task_indices(source[i]["steps"]["task"][:1])[0]) for i in range(len(source))]
+
+
 def _load_windows(
     window: Callable, starts: Sequence[tuple[int, int]], length: int, pool: ThreadPoolExecutor
 ) -> StepBatch:
@@ -356,7 +366,12 @@ def _open_builder(directory: str | Path, split: str | None = None) -> tfds.core.
             else ("holds no dataset (no dataset_info.json); give the directory with the shards")
         )
         raise ValueError(f"{directory} {mend}")
-    builder = tfds.builder_from_directory(directory)
+    rlds.check_shards(directory)
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # of TFDS, its protobufs or its features, about damaged metadata
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: its metadata cannot be read ({reason}); write the dataset again") from error
     if split is not None and split not in builder.info.splits:
         raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
     return builder

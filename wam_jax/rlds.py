@@ -26,9 +26,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from wam_jax import specs
+from wam_jax import json_files, specs
 from wam_jax.types import StepBatch
 
+INFO_FILE = "dataset_info.json"  # of TFDS; written last, so a directory that has it is complete
 PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
 EPISODE_LENGTHS = (
     "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, read by the input pipeline
@@ -145,19 +146,46 @@ def start_dataset(directory: str | Path, plan: Mapping) -> bool:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PLAN_FILE
-    text = json.dumps(plan, indent=1, sort_keys=True)
-    if path.exists() and path.read_text() != text:
-        old = json.loads(path.read_text())
-        changed = sorted(key for key in {*old, *plan} if old.get(key) != json.loads(text).get(key))
+    new = json.loads(json.dumps(plan))
+    old = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else new
+    if old != new:
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         raise ValueError(
             f"{directory} holds a dataset made with other settings ({', '.join(changed)} differ, see {path}); "
             "use the same settings, choose another directory, or delete this one"
         )
     if not path.exists():
-        temporary = path.with_name(PLAN_FILE + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    return (directory / "dataset_info.json").exists()
+        json_files.write(path, new)
+    if not (directory / INFO_FILE).exists():
+        return False
+    check_shards(directory)
+    return True
+
+
+def check_shards(directory: str | Path) -> None:
+    """Checks that a complete dataset still has all its shards, each split as large as it was written.
+
+    Raises:
+      ValueError: a file is missing or of another size, named.
+    """
+    directory = Path(directory)
+    mend = f"delete it and {INFO_FILE}, and run the command that wrote the dataset again"
+    info = json_files.read(directory / INFO_FILE, mend)
+    for split in info["splits"]:
+        name, num_shards = split["name"], len(split["shardLengths"])
+        paths = [shard_path(directory, info["name"], name, i, num_shards) for i in range(num_shards)]
+        for path in paths:
+            if not path.exists():
+                raise ValueError(
+                    f"{path} is missing; delete {INFO_FILE} there, and run the command that wrote it again"
+                )
+        found, expected = sum(path.stat().st_size for path in paths), int(split["numBytes"])
+        if found != expected:
+            smallest = min(paths, key=lambda path: path.stat().st_size)
+            raise ValueError(
+                f"{directory}: the shards of {name!r} hold {found} bytes, written were {expected} (the smallest is "
+                f"{smallest.name}); one is damaged: delete the dataset and write it again"
+            )
 
 
 def write_shard(

@@ -1,12 +1,12 @@
 """Rows of results and their tables: one format for every evaluation of the project."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 
 from scipy.stats import binomtest
 
+from wam_jax import json_files
 from wam_jax.specs import TASKS
 
 STAGES = ("expert", "bc", "ppo")  # in the order of the printed columns
@@ -54,12 +54,8 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def save(path: str, rows: Sequence[Row]) -> None:
-    """Writes rows as a JSON list, to a temporary name first."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "w") as file:
-        json.dump([dataclasses.asdict(row) for row in rows], file, indent=1)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    """Writes rows as a JSON list."""
+    json_files.write(path, [dataclasses.asdict(row) for row in rows])
 
 
 def load(path: str) -> list[Row]:
@@ -72,11 +68,11 @@ def load(path: str) -> list[Row]:
         raise ValueError(
             f"no table {path}; run experiments.evaluate (or experiments.reproduce) with its --workdir first"
         )
+    mend = "remove it and evaluate again"
     try:
-        with open(path) as file:
-            return [Row(**row) for row in json.load(file)]
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a table of results ({error}); remove it and evaluate again") from error
+        return [Row(**row) for row in json_files.read(path, mend)]
+    except TypeError as error:
+        raise ValueError(f"{path} is not a table of results ({error}); {mend}") from error
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -62,6 +62,28 @@ def steps_done(workdir: str, stage: str) -> int:
         return checkpointer.latest_step() or 0
 
 
+def load_finished(template: Any, *, stage: str, workdir: str, settings: dict, num_steps: int, binary: str) -> Any:
+    """Restores a stage's final state, for the stages that build on it.
+
+    Args:
+      template: a state of the expected shapes.
+      stage, workdir, settings: as `fit` had them.
+      num_steps: updates of the whole stage.
+      binary: the program of experiments/ that trains it, for the error.
+
+    Raises:
+      ValueError: the stage has not been trained, or not to the end, or the checkpoint is damaged or of another size.
+    """
+    step = steps_done(workdir, stage)
+    if step < num_steps:
+        raise ValueError(
+            f"{workdir}/{stage} is at step {step} of {num_steps}; run experiments.{binary} with this config and "
+            "workdir first, it goes on from there"
+        )
+    with contextlib.closing(Checkpointer(f"{workdir}/{stage}")) as checkpointer:
+        return checkpointer.restore(template, settings)
+
+
 def fit(
     run: Callable,
     state: Any,
@@ -126,7 +148,8 @@ def fit(
                     _report(writer, progress, *pending, batches, started)
                 pending, step = (metrics, step), step + updates_per_call
                 if step - last_saved >= save_every and step < num_steps:
-                    metrics_lib.check_finite(metrics_lib.fetch(metrics), pending[1])
+                    _report(writer, progress, *pending, batches, started)  # checks it, and no row is lost with a kill
+                    pending = None
                     checkpointer.save(step, parallel.unreplicate(state), settings)
                     last_saved = step
             if pending is not None:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -127,11 +128,16 @@ def _run(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, list[int]]]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # they would finish their shards first
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     _use_cpu()
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -191,8 +197,11 @@ def main(argv: Sequence[str]) -> None:
             _FRAMES_PER_SHARD.value,
             _MAX_EPISODE_STEPS.value,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

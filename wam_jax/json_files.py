@@ -1,0 +1,28 @@
+"""JSON files of a run: written whole or not at all, and named where they cannot be read."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write(path: str | Path, value: Any) -> None:
+    """Writes a JSON file, to a temporary name first; makes its folder."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def read(path: str | Path, mend: str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      ValueError: it is no JSON; `mend` says what to do then.
+    """
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error

@@ -60,6 +60,7 @@ def make_settings(**changes):
         "batch_size": 10_000,
         "critic_warmup": 1,
         "reward_clip": 10.0,
+        "min_advantage_std": 0.0,
     }
     return ml_collections.FrozenConfigDict({**settings, **changes})
 

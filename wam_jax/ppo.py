@@ -10,6 +10,9 @@ Keys of `settings` (the papers' values), besides those of imagination.py:
     value_weight 0.5, bc_weight 0.025, target_kl 1.0
     actor_learning_rate 1e-5, critic_learning_rate 1e-3, weight_decay 0.0
     actor_max_gradient_norm inf (no clipping)
+    min_advantage_std 0.0: advantages (in scaled reward) are divided by their standard deviation, or by this if more.
+        Where every rollout succeeds, they are the critic's errors; blown up to unit variance they only push the actor
+        about, and with a floor the BC regulariser holds it
     epochs 10, batch_size 7500 (decisions per device and gradient step; all of them where there are fewer)
     critic_warmup 2 (iterations in which only the critic learns), reward_clip 10.0
 
@@ -320,7 +323,7 @@ def prepare(
         reward, value[:-1], value[1:], *ends, discount=settings.discount, gae_lambda=settings.gae_lambda
     )
     mean, variance, count = valid_moments(advantage, episodes.valid, axis_name)
-    normalised = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
+    normalised = (advantage - mean) / (jnp.maximum(jnp.sqrt(variance), settings.min_advantage_std) + 1e-8)
     flat_feature, chain, normalised, flat_target, valid = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (episodes.feature, episodes.chain, normalised, target, episodes.valid)
     )

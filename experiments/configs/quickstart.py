@@ -6,7 +6,7 @@ Not the paper's setting. Smaller: patches instead of convolutions, a small RSSM,
 training with a decaying learning rate. Options that the paper does not have: a proprioception decoder, a multi-step
 open-loop loss, expected z in place of samples (`soft_prior` in imagination, `soft_feature` for policy, reward and
 critic), features standardised for the policy, reward only after four positive frames in a row, imagination from the
-first nine frames of a demonstration. Other weights: KL 1 instead of 3.
+first nine frames of a demonstration, a floor under the spread that advantages are divided by. The KL weighs 1, not 3.
 """
 
 from ml_collections import ConfigDict
@@ -57,7 +57,13 @@ def get_config(method: str = "wam") -> ConfigDict:
         embedding_dims=(128, 128), classification_dims=(128, 128), consecutive=4, num_steps=500, save_every=500
     )
     config.ppo.update(
-        num_iterations=15, num_rollouts=32, epochs=5, max_start_step=8, actor_learning_rate=3e-5, save_every=5
+        num_iterations=15,
+        num_rollouts=32,
+        epochs=5,
+        max_start_step=8,
+        actor_learning_rate=3e-5,
+        min_advantage_std=1.0,
+        save_every=5,
     )
     config.evaluation.update(num_episodes=64)
     return config

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from wam_jax import environments, input_pipeline, json_files, parallel, specs, world_model
+from wam_jax import datasets, environments, input_pipeline, json_files, parallel, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -212,13 +212,13 @@ def _check_data(config: ConfigDict) -> None:
                 f"config.world_model.window_length={window} is longer than every episode: config.dataset.play_steps="
                 f"{data.play_steps}; shorten the window or play longer"
             )
-    elif window > max(input_pipeline.episode_lengths(data.play, "train")):
+    elif window > max(datasets.episode_lengths(data.play, "train")):
         raise ValueError(
             f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest has "
-            f"{max(input_pipeline.episode_lengths(data.play, 'train'))} steps; shorten the window"
+            f"{max(datasets.episode_lengths(data.play, 'train'))} steps; shorten the window"
         )
     if data.demonstrations:
-        found = set(input_pipeline.episode_tasks(data.demonstrations))
+        found = set(datasets.episode_tasks(data.demonstrations))
         missing = [task for task in config.tasks if specs.task_index(task) not in found]
         if missing:
             raise ValueError(

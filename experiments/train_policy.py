@@ -8,7 +8,7 @@ import functools
 import jax
 
 from experiments import launch, train_world_model
-from wam_jax import diffusion_policy, input_pipeline, latents, parallel, specs, training, world_model
+from wam_jax import datasets, diffusion_policy, latents, parallel, specs, training, world_model
 from wam_jax.types import LatentState, Params, StepBatch
 
 
@@ -63,7 +63,7 @@ def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentSt
     """The demonstrations of each task and their latents under the workdir's world model."""
     model, params = train_world_model.load(config, workdir)
     _, directory = launch.dataset_directories(config, workdir)
-    episodes = input_pipeline.read_episodes(directory)
+    episodes = datasets.read_episodes(directory)
     encoded = {}
     for task in config.tasks:
         chosen = [episode for episode in episodes if episode.task[0] == specs.task_index(task)]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments import launch, train_policy, train_world_model
-from wam_jax import input_pipeline, json_files, latents, parallel, specs, success_classifier, training, world_model
+from wam_jax import datasets, json_files, latents, parallel, specs, success_classifier, training, world_model
 from wam_jax.types import LatentState, Params, StepBatch
 
 
@@ -77,7 +77,7 @@ def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[La
     """The annotated attempts of play at each task, failures among them, and their latents; none without the split."""
     model, params = train_world_model.load(config, workdir)
     directory, _ = launch.dataset_directories(config, workdir)
-    attempts = input_pipeline.read_attempts(directory, split, [specs.task_index(task) for task in config.tasks])
+    attempts = datasets.read_attempts(directory, split, [specs.task_index(task) for task in config.tasks])
     encoded = {}
     for task in config.tasks:
         chosen = attempts[specs.task_index(task)]

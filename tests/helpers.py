@@ -1,9 +1,12 @@
 """Tiny settings, made-up steps and sampling without noise, shared by the tests."""
 
+import dataclasses
 import functools
+import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
-from wam_jax import specs, world_model
+from wam_jax import rlds, specs, world_model
 from wam_jax.types import LatentState, Observation, StepBatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +149,61 @@ def run_python(*arguments: str, timeout: float = 600, **environment: str) -> sub
         text=True,
         timeout=timeout,
     )
+
+
+# --- Datasets of a few episodes ---
+
+
+def spec_of(name: str, episode: rlds.Episode) -> rlds.DatasetSpec:
+    """Reads the specification of a dataset from one of its episodes."""
+    observation = episode.steps.observation
+    extra = tuple((key, int(value.shape[1])) for key, value in sorted(episode.extra.items()))
+    static, gripper = observation.rgb_static.shape, observation.rgb_gripper.shape
+    return rlds.DatasetSpec(name, (static[1], static[2]), (gripper[1], gripper[2]), extra)
+
+
+def write_dataset(
+    directory: str | Path,
+    name: str,
+    splits: Mapping[str, Iterable[rlds.Episode]],
+    episodes_per_shard: int = 64,
+) -> Path:
+    """Writes a dataset as the binaries do.
+
+    Args:
+      directory: where the dataset goes; the directory itself is what `tfds.builder_from_directory` opens.
+      name: of the dataset, lower case.
+      splits: episodes of "train" and, where there are any, "validation"; image sizes equal throughout.
+      episodes_per_shard: the last shard of a split may hold fewer.
+
+    Returns:
+      the directory.
+
+    Raises:
+      ValueError: a split is empty, an episode is malformed, or the directory holds a different dataset.
+    """
+    episodes = {split: list(of_split) for split, of_split in splits.items()}
+    if not episodes or not all(episodes.values()):
+        counts = {split: len(of_split) for split, of_split in episodes.items()}
+        raise ValueError(f"nothing to write: episodes of each split {counts}; expected at least one in each")
+    spec = spec_of(name, next(iter(episodes.values()))[0])
+    fingerprints = {split: _fingerprint(of_split) for split, of_split in episodes.items()}
+    plan = {"spec": dataclasses.asdict(spec), "episodes_per_shard": episodes_per_shard, "episodes": fingerprints}
+    rlds.start_dataset(directory, plan)
+    lengths = {}
+    for split, of_split in episodes.items():
+        shards = [of_split[i : i + episodes_per_shard] for i in range(0, len(of_split), episodes_per_shard)]
+        lengths[split] = [
+            rlds.write_shard(directory, spec, split, i, len(shards), shard) for i, shard in enumerate(shards)
+        ]
+    rlds.finish_dataset(directory, spec, lengths)
+    return Path(directory)
+
+
+def _fingerprint(episodes: Sequence[rlds.Episode]) -> str:
+    """A digest of the states and actions, which tells two datasets apart; images follow from them."""
+    digest = hashlib.sha256()
+    for episode in episodes:
+        for array in (episode.steps.action, episode.steps.observation.robot_obs, episode.steps.observation.scene_obs):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -19,7 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data.calvin import convert, episodes, npz_folder, pickled_npy
-from wam_jax import input_pipeline, parallel, specs, world_model
+from wam_jax import datasets, input_pipeline, parallel, specs, world_model
 
 quick_compilation = helpers.quick_compilation
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_native_size_equals_the_files(recorded, tmp_path):
 def test_64_pixels_are_the_averaged_areas_and_equal_a_native_set_read_at_64(recorded, tmp_path):
     for size in (0, 64):
         convert.convert(recorded, tmp_path / str(size), image_size=size)
-    native, small = (input_pipeline.read_episodes(tmp_path / size, "validation") for size in ("0", "64"))
+    native, small = (datasets.read_episodes(tmp_path / size, "validation") for size in ("0", "64"))
     files = frames_of(recorded / "validation")
     for camera in ("rgb_static", "rgb_gripper"):
         averaged = [cv2.resize(file[camera], (64, 64), interpolation=cv2.INTER_AREA) for file in files]
@@ -137,7 +137,7 @@ def test_50_updates_of_the_world_model_lower_its_loss(recorded, tmp_path):
 @pytest.mark.skipif(not RECORDED.is_dir(), reason="needs the recorded CALVIN set; set WAM_JAX_CALVIN_TINY to its path")
 def test_recorded_annotations_and_rewards(tmp_path):
     convert.convert(RECORDED, tmp_path)
-    (steps,) = input_pipeline.read_episodes(tmp_path, "train")
+    (steps,) = datasets.read_episodes(tmp_path, "train")
     first = 1000
     for start, end, task in (
         (1005, 1044, "open_drawer"),
@@ -162,7 +162,7 @@ def test_annotations_tasks_rewards_and_sources(folder, tmp_path):
     assert sum(step["reward"] for step in second["steps"]) == 0
     assert second["episode_metadata"]["first_frame"] == 112
     assert second["episode_metadata"]["source"] == b"calvin_scene_D"
-    read = input_pipeline.read_episodes(tmp_path)
+    read = datasets.read_episodes(tmp_path)
     assert read[0].task.tolist() == [-1] * 3 + [0] * 5 + [-1] * 4
     assert read[1].task.tolist() == [-1] * 6  # not one of the eight
 
@@ -190,7 +190,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(folder, tmp_path):
         assert path.read_bytes() == content
         assert (path.stat().st_mtime_ns == time) == (path != shards[1])
     assert not leftover.exists()
-    assert sum(len(episode.is_first) for episode in input_pipeline.read_episodes(tmp_path)) == 18
+    assert sum(len(episode.is_first) for episode in datasets.read_episodes(tmp_path)) == 18
     with pytest.raises(ValueError, match="other settings .image_size differ"):
         convert.convert(folder, tmp_path, image_size=0, **sizes)
 
@@ -295,4 +295,4 @@ def test_the_binary_with_two_workers(folder, damaged, tmp_path):
     done = run(folder)  # the same frames, mended: the shards of the first run that were complete are kept
     assert done.returncode == 0, done.stderr
     assert "train: 18 frames, 2 episodes from 2 ranges, 2 annotations, 2 shards" in done.stdout
-    assert len(input_pipeline.read_episodes(tmp_path / "out", "validation")) == 1
+    assert len(datasets.read_episodes(tmp_path / "out", "validation")) == 1

@@ -2,11 +2,12 @@
 
 import threading
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
-from wam_jax import input_pipeline, rlds
+from wam_jax import datasets, input_pipeline, rlds
 from wam_jax.types import Observation, StepBatch
 
 LENGTHS = (9, 3, 14, 20, 5)  # steps of the episodes of the train split; one is shorter than a window
@@ -31,7 +32,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("windows")
     episodes = [make_episode(i, n) for i, n in enumerate(LENGTHS)]
     splits = {"train": episodes, "validation": [make_episode(0, 6)]}
-    return rlds.write_dataset(path, "windows", splits, episodes_per_shard=2)
+    return helpers.write_dataset(path, "windows", splits, episodes_per_shard=2)
 
 
 def take(directory, count, cache="memory", batch_size=4, seed=0, **arguments):
@@ -47,37 +48,37 @@ def assert_equal(a, b):
 
 
 def test_read_episodes(directory):
-    episodes = input_pipeline.read_episodes(directory)
+    episodes = datasets.read_episodes(directory)
     assert [len(episode.is_first) for episode in episodes] == list(LENGTHS)
     written = make_episode(2, LENGTHS[2]).steps
     assert_equal(episodes[2], jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, written))
     dtypes = {str(x.dtype) for x in jax.tree.leaves(episodes[2])}
     assert dtypes == {"uint8", "float32", "int32", "bool"}
-    assert len(input_pipeline.read_episodes(directory, "validation")) == 1
+    assert len(datasets.read_episodes(directory, "validation")) == 1
 
 
 def test_attempts_are_the_long_enough_spans_of_a_task():
     labels = np.array([3] * 9 + [-1] * 4 + [5] * 10 + [3] * 7 + [5] * 8)  # the second 3 is too short
-    spans = input_pipeline.attempt_spans(labels, [3, 5], min_steps=8)
+    spans = datasets.attempt_spans(labels, [3, 5], min_steps=8)
     assert spans == [(3, slice(0, 9)), (5, slice(13, 23)), (5, slice(30, 38))]
-    assert input_pipeline.attempt_spans(labels, [3], min_steps=7) == [(3, slice(0, 9)), (3, slice(23, 30))]
-    assert input_pipeline.attempt_spans(labels, [0], min_steps=1) == []
+    assert datasets.attempt_spans(labels, [3], min_steps=7) == [(3, slice(0, 9)), (3, slice(23, 30))]
+    assert datasets.attempt_spans(labels, [0], min_steps=1) == []
 
 
 def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_split(directory, tmp_path):
-    attempts = input_pipeline.read_attempts(directory, "train", [0, 2, 6], min_steps=4)  # episode i is all task i
+    attempts = datasets.read_attempts(directory, "train", [0, 2, 6], min_steps=4)  # episode i is all task i
     assert {task: [len(steps.action) for steps in found] for task, found in attempts.items()} == {
         0: [9],
         2: [14],
         6: [],
     }
-    assert_equal(attempts[2][0], input_pipeline.read_episodes(directory)[2])
-    rlds.write_dataset(tmp_path, "training", {"train": [make_episode(0, 6)]})
-    assert input_pipeline.read_attempts(tmp_path, "validation", [0]) == {0: []}
+    assert_equal(attempts[2][0], datasets.read_episodes(directory)[2])
+    helpers.write_dataset(tmp_path, "training", {"train": [make_episode(0, 6)]})
+    assert datasets.read_attempts(tmp_path, "validation", [0]) == {0: []}
 
 
 def test_the_task_of_every_episode(directory):
-    assert input_pipeline.episode_tasks(directory) == [0, 1, 2, 3, 4]
+    assert datasets.episode_tasks(directory) == [0, 1, 2, 3, 4]
 
 
 def test_windows_lie_within_episodes_and_an_epoch_holds_each_once(directory):
@@ -146,8 +147,8 @@ def test_images_of_another_size_are_averaged_down(tmp_path):
     episode = make_episode(0, 1)
     observation = episode.steps.observation.replace(rgb_static=image)
     episode = rlds.Episode(episode.steps.replace(observation=observation), source="test")
-    rlds.write_dataset(tmp_path, "large", {"train": [episode]})
-    (read,) = input_pipeline.read_episodes(tmp_path)
+    helpers.write_dataset(tmp_path, "large", {"train": [episode]})
+    (read,) = datasets.read_episodes(tmp_path)
     mean = image.reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert np.abs(read.observation.rgb_static[0] - mean).max() <= 0.5
 
@@ -171,28 +172,28 @@ def test_bad_arguments_are_named(directory, changes, message):
 
 def test_half_written_and_foreign_directories_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no dataset"):
-        input_pipeline.read_episodes(tmp_path)
-    rlds.write_dataset(tmp_path, "half", {"train": [make_episode(0, 6)]})
+        datasets.read_episodes(tmp_path)
+    helpers.write_dataset(tmp_path, "half", {"train": [make_episode(0, 6)]})
     (tmp_path / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="half-written .*run the command that wrote it again"):
         input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
 
 
 def test_a_damaged_or_missing_shard_is_named(tmp_path):
-    rlds.write_dataset(tmp_path, "whole", {"train": [make_episode(0, 6)]})
+    helpers.write_dataset(tmp_path, "whole", {"train": [make_episode(0, 6)]})
     (shard,) = tmp_path.glob("*.array_record-*")
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="shards of 'train' hold .* bytes, written were .*write it again"):
-        input_pipeline.read_episodes(tmp_path)
+        datasets.read_episodes(tmp_path)
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name} is missing"):
         input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
     shard.write_bytes(content)
-    assert len(input_pipeline.read_episodes(tmp_path)) == 1
+    assert len(datasets.read_episodes(tmp_path)) == 1
     (tmp_path / "features.json").unlink()
     with pytest.raises(ValueError, match="metadata cannot be read .*; write the dataset again"):
-        input_pipeline.read_episodes(tmp_path)
+        datasets.read_episodes(tmp_path)
 
 
 def test_closing_ends_every_thread(directory):

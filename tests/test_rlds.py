@@ -1,5 +1,8 @@
 """What is written is a valid TFDS dataset, whole or resumable, and equal to what was given."""
 
+import dataclasses
+
+import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -29,7 +32,7 @@ def make_episode(length=12, seed=0, static_size=(20, 24), gripper_size=(16, 16),
 
 
 def write(directory, episodes, **arguments):
-    return rlds.write_dataset(directory, "toy", {"train": episodes}, **arguments)
+    return helpers.write_dataset(directory, "toy", {"train": episodes}, **arguments)
 
 
 def test_tfds_reads_back_what_was_written(tmp_path):
@@ -89,7 +92,7 @@ def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
         yield make_episode()
         raise RuntimeError("the simulator died")
 
-    spec = rlds.spec_of("toy", make_episode())
+    spec = helpers.spec_of("toy", make_episode())
     rlds.start_dataset(tmp_path, {})
     with pytest.raises(RuntimeError, match="the simulator died"):
         rlds.write_shard(tmp_path, spec, "train", 0, 1, broken())
@@ -116,7 +119,7 @@ def test_a_damaged_kept_shard_is_named(tmp_path):
 
 
 def _with_steps(episode, **changes):
-    return rlds.dataclasses.replace(episode, steps=episode.steps.replace(**changes))
+    return dataclasses.replace(episode, steps=episode.steps.replace(**changes))
 
 
 @pytest.mark.parametrize(
@@ -139,4 +142,4 @@ def test_nothing_to_write_and_unusable_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to write"):
         write(tmp_path, [])
     with pytest.raises(ValueError, match="'My-Data' is not usable"):
-        rlds.write_dataset(tmp_path, "My-Data", {"train": [make_episode()]})
+        helpers.write_dataset(tmp_path, "My-Data", {"train": [make_episode()]})

@@ -66,12 +66,12 @@ def test_losses_and_networks_never_import_trainers():
         path for path in WAM_JAX if path.relative_to(helpers.ROOT / "wam_jax").parts[0].removesuffix(".py") in LEARNING
     ]
     assert {name(path) for path in learning} >= {f"wam_jax/{module}.py" for module in LEARNING[:-1]}
-    trainers = ("training", "checkpoints", "metrics", "input_pipeline", "rlds", "evaluation", "tables")
+    trainers = ("training", "checkpoints", "metrics", "input_pipeline", "datasets", "rlds", "evaluation", "tables")
     assert importers(tuple(f"wam_jax.{module}" for module in trainers), learning) == []
 
 
-def test_only_the_writer_and_the_input_pipeline_know_the_storage():
-    expected = ["wam_jax/input_pipeline.py", "wam_jax/rlds.py"]
+def test_only_the_writer_and_the_reader_know_the_storage():
+    expected = ["wam_jax/datasets.py", "wam_jax/rlds.py"]
     assert importers(("tensorflow_datasets", "array_record", "tensorflow"), SOURCES) == expected
 
 

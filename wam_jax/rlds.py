@@ -12,7 +12,6 @@ Nothing here needs TensorFlow: images go in as PNG bytes (given arrays, TFDS wou
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,6 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tqdm import tqdm
 
 from wam_jax import json_files, specs
 from wam_jax.types import StepBatch
@@ -76,14 +74,6 @@ class DatasetSpec:
     def __post_init__(self):
         if not (self.name.isidentifier() and self.name == self.name.lower()):
             raise ValueError(f"dataset name {self.name!r} is not usable in TFDS; use lower-case letters, digits and _")
-
-
-def spec_of(name: str, episode: Episode) -> DatasetSpec:
-    """Reads the specification of a dataset from one of its episodes."""
-    observation = episode.steps.observation
-    extra = tuple((key, int(value.shape[1])) for key, value in sorted(episode.extra.items()))
-    static, gripper = observation.rgb_static.shape, observation.rgb_gripper.shape
-    return DatasetSpec(name, (static[1], static[2]), (gripper[1], gripper[2]), extra)
 
 
 def features(spec: DatasetSpec) -> tfds.features.FeaturesDict:
@@ -266,47 +256,6 @@ def finish_dataset(
     )
 
 
-def write_dataset(
-    directory: str | Path,
-    name: str,
-    splits: Mapping[str, Iterable[Episode]],
-    episodes_per_shard: int = 64,
-    description: str = "",
-) -> Path:
-    """Writes episodes that fit in memory; larger sets call `write_shard` from workers.
-
-    Args:
-      directory: where the dataset goes; the directory itself is what `tfds.builder_from_directory` opens.
-      name: of the dataset, lower case.
-      splits: episodes of "train" and, where there are any, "validation"; image sizes equal throughout.
-      episodes_per_shard: the last shard of a split may hold fewer.
-      description: shown by TFDS.
-
-    Returns:
-      the directory.
-
-    Raises:
-      ValueError: a split is empty, an episode is malformed, or the directory holds a different dataset.
-    """
-    episodes = {split: list(of_split) for split, of_split in splits.items()}
-    if not episodes or not all(episodes.values()):
-        counts = {split: len(of_split) for split, of_split in episodes.items()}
-        raise ValueError(f"nothing to write: episodes of each split {counts}; expected at least one in each")
-    spec = spec_of(name, next(iter(episodes.values()))[0])
-    fingerprints = {split: _fingerprint(of_split) for split, of_split in episodes.items()}
-    plan = {"spec": dataclasses.asdict(spec), "episodes_per_shard": episodes_per_shard, "episodes": fingerprints}
-    start_dataset(directory, plan)
-    lengths = {}
-    for split, of_split in episodes.items():
-        shards = [of_split[i : i + episodes_per_shard] for i in range(0, len(of_split), episodes_per_shard)]
-        lengths[split] = [
-            write_shard(directory, spec, split, i, len(shards), shard)
-            for i, shard in enumerate(tqdm(shards, desc=f"writing {split}", unit="shard", disable=None))
-        ]
-    finish_dataset(directory, spec, lengths, description)
-    return Path(directory)
-
-
 def step_texts(episode: Episode) -> tuple[list[str], list[str]]:
     """The task name and the sentence of each step, by the rule that Episode states."""
     indices = np.asarray(episode.steps.task)
@@ -421,12 +370,3 @@ def _lengths_in_shard(path: Path, spec: DatasetSpec) -> list[int]:
         return [len(shard_features.deserialize_example_np(r, decoders=skip)["steps"]["is_first"]) for r in records]
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it and run again, it is then rewritten") from error
-
-
-def _fingerprint(episodes: Sequence[Episode]) -> str:
-    """A digest of the states and actions, which tells two datasets apart; images follow from them."""
-    digest = hashlib.sha256()
-    for episode in episodes:
-        for array in (episode.steps.action, episode.steps.observation.robot_obs, episode.steps.observation.scene_obs):
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

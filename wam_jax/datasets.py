@@ -1,0 +1,200 @@
+"""Datasets read back: opened and checked, and episodes or annotated attempts decoded into steps.
+
+This file and `rlds.py` are the only ones that know how episodes are stored.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from wam_jax import rlds, specs
+from wam_jax.types import Observation, StepBatch
+
+
+def read_episodes(directory: str | Path, split: str = "train", progress: bool = True) -> list[StepBatch]:
+    """Decodes all episodes of a split into memory.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+      progress: shows a progress bar on a terminal.
+
+    Returns:
+      for each episode its steps, numpy [T, ...], with the dtypes and image size that types.py states.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = open_source(open_builder(directory, split), split)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        episodes = pool.map(lambda i: decode(source[i]["steps"]), range(len(source)))
+        bar = tqdm(episodes, f"reading {split}", len(source), unit="episode", disable=None if progress else True)
+        return list(bar)
+
+
+def read_attempts(
+    directory: str | Path, split: str, tasks: Sequence[int], *, min_steps: int = 8, progress: bool = True
+) -> dict[int, list[StepBatch]]:
+    """Decodes the annotated attempts at some tasks, successes and failures, and nothing else of a split of play.
+
+    Each attempt is an episode of its own, so that its first frame meets the filter as an evaluation's does.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+      tasks: indices into specs.TASKS.
+      min_steps: shorter attempts are left out.
+      progress: shows a progress bar on a terminal.
+
+    Returns:
+      for each task its attempts, numpy [T, ...] each; none where the dataset has no such split.
+
+    Raises:
+      ValueError: no complete dataset there.
+    """
+    builder = open_builder(directory)
+    if split not in builder.info.splits:
+        return {task: [] for task in tasks}
+    source = open_source(builder, split)
+
+    def cut(index):
+        steps = source[index]["steps"]
+        spans = attempt_spans(_task_indices(steps["task"]), tasks, min_steps=min_steps)
+        return [(task, decode(steps, span)) for task, span in spans]
+
+    attempts: dict[int, list[StepBatch]] = {task: [] for task in tasks}
+    with ThreadPoolExecutor(num_threads()) as pool:
+        found = pool.map(cut, range(len(source)))
+        hidden = None if progress else True
+        for task, steps in itertools.chain.from_iterable(
+            tqdm(found, f"attempts in {split}", len(source), unit="episode", disable=hidden)
+        ):
+            attempts[task].append(steps)
+    return attempts
+
+
+def attempt_spans(labels: np.ndarray, tasks: Sequence[int], *, min_steps: int) -> list[tuple[int, slice]]:
+    """Stretches of one label, of at least `min_steps`, that are one of `tasks`: (task, span) in the order of time."""
+    change = np.flatnonzero(np.diff(labels, prepend=-2, append=-2))
+    return [
+        (int(labels[start]), slice(int(start), int(end)))
+        for start, end in zip(change[:-1], change[1:], strict=True)
+        if labels[start] in tasks and end - start >= min_steps
+    ]
+
+
+def episode_lengths(directory: str | Path, split: str) -> list[int]:
+    """The number of steps of each episode, from the metadata alone.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    lengths = (open_builder(directory, split).info.metadata or {}).get(rlds.EPISODE_LENGTHS)
+    if lengths is None:
+        raise ValueError(
+            f"{directory}: metadata.json lacks {rlds.EPISODE_LENGTHS}; write the dataset with wam_jax.rlds"
+        )
+    return lengths[split]
+
+
+def episode_tasks(directory: str | Path, split: str = "train") -> list[int]:
+    """The task of each episode's first step, an index into specs.TASKS, -1 for none; decodes no image.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = open_source(open_builder(directory, split), split)
+    return [int(_task_indices(source[i]["steps"]["task"][:1])[0]) for i in range(len(source))]
+
+
+def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.DatasetBuilder:
+    """Opens a dataset after checking that it is whole, and that it has the split where one is named.
+
+    Raises:
+      ValueError: no dataset there, a half-written or damaged one, or no such split.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(
+            f"dataset directory {directory} does not exist; check the path, or collect or convert data there"
+        )
+    if not (directory / "dataset_info.json").exists():
+        half = any(directory.glob("*.array_record-*"))
+        mend = (
+            "is half-written (shards, no dataset_info.json); run the command that wrote it again"
+            if half
+            else ("holds no dataset (no dataset_info.json); give the directory with the shards")
+        )
+        raise ValueError(f"{directory} {mend}")
+    rlds.check_shards(directory)
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # of TFDS, its protobufs or its features, about damaged metadata
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: its metadata cannot be read ({reason}); write the dataset again") from error
+    if split is not None and split not in builder.info.splits:
+        raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
+    return builder
+
+
+def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict]:
+    """The episodes of a split by number, their steps still serialized."""
+    return builder.as_data_source(split, decoders={"steps": tfds.decode.SkipDecoding()})
+
+
+def decode(steps: dict, span: slice = slice(None)) -> StepBatch:
+    """Decodes a span of an episode's serialized steps; the other images stay untouched."""
+    observation = steps["observation"]
+    return StepBatch(
+        observation=Observation(
+            rgb_static=_decode_images(observation["rgb_static"][span]),
+            rgb_gripper=_decode_images(observation["rgb_gripper"][span]),
+            robot_obs=_decode_vectors(observation["robot_obs"][span]),
+            scene_obs=_decode_vectors(observation["scene_obs"][span]),
+        ),
+        action=_decode_vectors(steps["action"][span]),
+        is_first=steps["is_first"][span].astype(bool),
+        is_last=steps["is_last"][span].astype(bool),
+        task=_task_indices(steps["task"][span]),
+        reward=steps["reward"][span].astype(np.float32),
+    )
+
+
+def _task_indices(names: Sequence[bytes]) -> np.ndarray:
+    return np.array([_TASK_INDEX.get(name, -1) for name in names], np.int32)
+
+
+_TASK_INDEX = {task.encode(): i for i, task in enumerate(specs.TASKS)}
+
+
+def _decode_vectors(values: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(values), np.float64).reshape(len(values), -1).astype(np.float32)
+
+
+def _decode_images(pngs: Sequence[bytes]) -> np.ndarray:
+    images = np.empty((len(pngs), specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8)
+    for image, png in zip(images, pngs, strict=True):
+        decoded = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+        if decoded is None:
+            raise ValueError("a shard holds an image that is no PNG; delete the shard and write it again")
+        image[:] = resize(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
+    return images
+
+
+def resize(image: np.ndarray, size: int = specs.IMAGE_SIZE) -> np.ndarray:
+    """Brings an image, uint8 [h, w, 3], to `size` x `size` by averaging areas; the one resize of the project."""
+    if image.shape[:2] == (size, size):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def num_threads() -> int:
+    """How many threads decode side by side."""
+    return min(32, os.cpu_count() or 1)

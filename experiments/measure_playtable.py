@@ -1,6 +1,6 @@
 """Measures Playtable: frames and control steps per second, and the scripted experts' success with intervals.
 
-python -m experiments.measure_playtable --output=docs/results/playtable
+python -m experiments.measure_playtable --output=docs/results/playtable/speed
 
 Writes environment.json (a row per figure) and experts.json (rows of results). Run it with nothing else running; with
 `taskset -c 0` in front it is the speed of one core.
@@ -19,7 +19,7 @@ from absl import app, flags
 from wam_jax import environments, evaluation, metrics, specs, tables
 from wam_jax.environments.playtable import dynamics, environment, starts
 
-_OUTPUT = flags.DEFINE_string("output", "docs/results/playtable", "Folder for environment.json and experts.json")
+_OUTPUT = flags.DEFINE_string("output", "docs/results/playtable/speed", "Folder for environment.json and experts.json")
 _NUM_ENVIRONMENTS = flags.DEFINE_integer("num_environments", 64, "Tables side by side")
 _NUM_EPISODES = flags.DEFINE_integer("num_episodes", 256, "Random starts per task for the experts", lower_bound=1)
 _REPEATS = 7

@@ -36,7 +36,9 @@ def main(argv) -> None:
         for workdir in workdirs:
             name = os.path.basename(os.path.normpath(workdir))
             _line(axis, metrics.read(workdir, f"ppo/{task}"), "imagined_success", name)
-        axis.set(title=f"PPO: {task.replace('_', ' ')}", xlabel="iteration", ylabel="imagined success", ylim=(0, 1.02))
+        axis.set(
+            title=f"PPO: {task.replace('_', ' ')}", xlabel="iteration", ylabel="imagined success", ylim=(-0.03, 1.03)
+        )  # lines at 0 and 1 stay visible
     path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path + ".tmp", format="png", dpi=90)

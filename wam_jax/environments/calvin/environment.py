@@ -14,7 +14,7 @@ from wam_jax.environments.calvin.worker import Frames, Settings
 from wam_jax.types import Array, Observation
 
 RENDERED = ("all", "first", "none")
-OUT_OF_REACH = 0.05  # m between target and what the arm can reach, from which it is reported
+OUT_OF_REACH = 0.07  # m between target and what the arm can reach, from which it is reported; experts: up to 0.06
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Calvin:
 
     def __init__(
         self,
-        assets: str,
+        assets: str = "",
         *,
         scene: str = "D",
         starts_file: str = "",

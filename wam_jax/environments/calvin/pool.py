@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from wam_jax.environments.calvin import assets, scene
 from wam_jax.environments.calvin.worker import Begin, Draw, Frames, Job, Look, Settings, Step
 
 TIMEOUT = 600.0  # seconds; a worker that is silent for longer is taken for dead
@@ -94,6 +95,7 @@ class Pool:
         Raises:
           ValueError: pybullet or assets are missing, or the scene is unknown.
         """
+        assets.check(settings.directory, scene.get_scene(settings.scene))  # at once, and in one voice
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers}; expected 1 or more, or 0 for one on each core")
         self._settings, self._python = settings, python or sys.executable

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from wam_jax import environments, evaluation, specs
-from wam_jax.environments.calvin import assets, kinematics, recordings, scene, starts
+from wam_jax.environments.calvin import assets, kinematics, oracle, recordings, scene, starts
 from wam_jax.environments.calvin.environment import Calvin
 from wam_jax.environments.calvin.pool import Pool, begin
 from wam_jax.environments.calvin.worker import Settings
@@ -184,14 +184,29 @@ def test_random_starts_are_possible_repeatable_and_of_their_own(environment, dra
 def test_experts_solve_their_tasks(drawn):
     tasks = np.arange(len(specs.TASKS))
     environment = environments.make("calvin", assets=str(ASSETS), rendered="none", num_workers=2)
-    state, solved = drawn, np.zeros(len(tasks), bool)
+    state, solved, found = drawn, np.zeros(len(tasks), bool), np.zeros(len(tasks), bool)
     expert = environment.start_expert(jax.random.key(0), tasks, state)
     for _ in range(specs.MAX_EPISODE_STEPS):
         expert, action = environment.act_expert(expert, state)
         state, _ = environment.step_chunk(state, action[:, None])
         solved |= np.asarray(specs.task_success(tasks, drawn.scene_obs, state.scene_obs))
+        for row, task in enumerate(specs.TASKS):
+            found[row] |= oracle.solved(drawn.infos[row][-1], state.infos[row][-1], (task,)) == {task}
     environment.close()
     assert solved.sum() >= 7
+    np.testing.assert_array_equal(found, solved)  # the oracle of 34 tasks agrees with the eight's
+
+
+@needs_simulator
+def test_contacts_are_seen(environment, recording):
+    """The recording begins with one block on the table and one on each side of the cabinet."""
+    state = environment.reset_to(recording.reset_robot_obs[None], recording.reset_scene_obs[None])
+    state, _ = environment.step_chunk(state, recording.actions[None, :8].astype(np.float32))
+    assert len(state.infos[0]) == 8
+    contacts = {name: block.contacts for name, block in state.infos[0][-1].blocks.items()}
+    shelf, table = ("table", scene.PLANK), ("table", scene.TABLE_BASE)
+    assert contacts == {"block_red": {shelf}, "block_blue": {table}, "block_pink": {shelf}}
+    assert state.infos[0][-1].robot_contacts == set()
 
 
 @needs_simulator
@@ -313,3 +328,14 @@ def test_a_cut_file_is_named(tmp_path):
         starts.load(str(path))
     with pytest.raises(ValueError, match="cannot read the recording"):
         recordings.load(str(path))
+
+
+@needs_simulator
+def test_other_scenes_are_refused_by_name_where_only_d_is_known():
+    settings = Settings(str(ASSETS), scene="B")
+    with pytest.raises(
+        ValueError, match="lack blocks/block_blue_big.urdf|lack calvin_table_B/urdf/calvin_table_B.urdf"
+    ):
+        Pool(settings)
+    with pytest.raises(ValueError, match="random starts are drawn in scene D only, not B"):
+        starts.draw(None, scene.get_scene("B"), "open_drawer", np.random.default_rng(0))

@@ -9,6 +9,7 @@ from absl import logging
 
 from wam_jax import specs
 from wam_jax.environments.calvin import experts, follower, starts
+from wam_jax.environments.calvin.oracle import Info
 from wam_jax.environments.calvin.pool import Episode, Pool, begin
 from wam_jax.environments.calvin.worker import Frames, Settings
 from wam_jax.types import Array, Observation
@@ -24,6 +25,8 @@ class State:
     episodes: tuple[Episode, ...]
     robot_obs: np.ndarray  # float64 [B, 15]
     scene_obs: np.ndarray  # float64 [B, 24]
+    target: np.ndarray  # float64 [B, 6], position and Euler angles that actions are added to
+    infos: tuple[tuple[Info, ...], ...]  # B times the moments of the last chunk (one after a reset), for the oracle
     reported: tuple[bool, ...]  # whether an unreachable target was reported, once an episode
 
 
@@ -57,7 +60,7 @@ class Calvin:
         """
         if rendered not in RENDERED:
             raise ValueError(f"rendered={rendered!r}; expected one of {', '.join(RENDERED)}")
-        self._rendered, self._starts_file = rendered, starts_file
+        self._scene, self._rendered, self._starts_file = scene, rendered, starts_file
         self._starts = starts.load(starts_file) if starts_file else None
         settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE)
         self._pool = Pool(settings, num_workers, python)
@@ -102,7 +105,7 @@ class Calvin:
 
     def _begin(self, episodes: Sequence[Episode]) -> State:
         frames = self._pool.look(episodes, [False] * len(episodes))
-        return State(tuple(episodes), _last(frames, "robot_obs"), _last(frames, "scene_obs"), (False,) * len(episodes))
+        return _state(episodes, frames, (False,) * len(episodes))
 
     def observe(self, state: State) -> Observation:
         """See `interface.Environment`."""
@@ -119,17 +122,21 @@ class Calvin:
         actions = _executable(np.asarray(actions, np.float64), len(state.episodes))
         episodes, frames = self._pool.step(state.episodes, actions, self._render(len(actions)))
         reported = tuple(map(self._report, range(len(frames)), frames, state.reported))
-        after = State(tuple(episodes), _last(frames, "robot_obs"), _last(frames, "scene_obs"), reported)
-        return after, _observation(frames)
+        return _state(episodes, frames, reported), _observation(frames)
 
     def start_expert(self, rng: Array, task: Array, state: State) -> tuple[follower.Plan, ...]:
-        """See `interface.Environment`."""
+        """See `interface.Environment`.
+
+        Raises:
+          ValueError: the scene is not D, which the experts know.
+        """
+        if self._scene != "D":
+            raise ValueError(f"the scripted experts know scene D only, not {self._scene}")
         words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
+        episodes = zip(np.asarray(task), state.target, state.scene_obs, strict=True)
         return tuple(
-            experts.plan(specs.TASKS[int(t)], robot_obs, scene_obs, np.random.default_rng([*words, index]))
-            for index, (t, robot_obs, scene_obs) in enumerate(
-                zip(np.asarray(task), state.robot_obs, state.scene_obs, strict=True)
-            )
+            experts.plan(specs.TASKS[int(t)], target, scene_obs, np.random.default_rng([*words, index]))
+            for index, (t, target, scene_obs) in enumerate(episodes)
         )
 
     def act_expert(self, expert: tuple[follower.Plan, ...], state: State) -> tuple[tuple[follower.Plan, ...], Array]:
@@ -166,8 +173,15 @@ def _executable(actions: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([actions[..., :6], gripper], axis=-1)
 
 
-def _last(frames: Sequence[Frames], field: str) -> np.ndarray:
-    return np.stack([getattr(f, field)[-1] for f in frames])
+def _state(episodes: Sequence[Episode], frames: Sequence[Frames], reported: tuple[bool, ...]) -> State:
+    return State(
+        episodes=tuple(episodes),
+        robot_obs=np.stack([f.robot_obs[-1] for f in frames]),
+        scene_obs=np.stack([f.scene_obs[-1] for f in frames]),
+        target=np.stack([f.target[-1] for f in frames]),
+        infos=tuple(f.infos for f in frames),
+        reported=reported,
+    )
 
 
 def _observation(frames: Sequence[Frames]) -> Observation:

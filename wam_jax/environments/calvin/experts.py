@@ -22,31 +22,23 @@ Jitter = Callable[[float], float]  # a uniform draw in -m..m
 Path = list[Waypoint]
 
 
-def plan(
-    task: str,
-    robot_obs: np.ndarray,
-    scene_obs: np.ndarray,
-    rng: np.random.Generator,
-    target: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Plan:
+def plan(task: str, target: np.ndarray, scene_obs: np.ndarray, rng: np.random.Generator) -> Plan:
     """Plans an attempt at a task.
 
     Args:
       task: one of EXPERTS.
-      robot_obs: [15], now.
+      target: [6], position and Euler angles that the environment adds actions to; after a reset those measured.
       scene_obs: [24], now.
       rng: draws the speed and small displacements.
-      target: position and Euler angles that the environment steers to; None: those measured, as after a reset.
 
     Raises:
       ValueError: there is no expert of that name.
     """
     if task not in EXPERTS:
         raise ValueError(f"no expert for task {task!r}; expected one of {', '.join(EXPERTS)}")
-    position, euler = target or (robot_obs[:3], robot_obs[3:6])
     path = EXPERTS[task](scene_obs, lambda m: float(rng.uniform(-m, m)))
     speed = float(rng.uniform(SLOW, FAST))
-    return Plan((*_leave(position), *path), speed, np.array(position, np.float64), np.array(euler, np.float64))
+    return Plan((*_leave(target[:3]), *path), speed, target[:3].copy(), target[3:].copy())
 
 
 def _leave(target: np.ndarray) -> Path:

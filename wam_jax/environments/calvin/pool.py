@@ -18,9 +18,10 @@ import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from absl import logging
 
 from wam_jax.environments.calvin import assets, scene
 from wam_jax.environments.calvin.worker import Begin, Draw, Frames, Job, Look, Settings, Step
@@ -139,16 +140,16 @@ class Pool:
         for index, share in enumerate(shares):
             self._ask(index, share, jobs, episodes)
         answers: dict[int, Any] = {}
-        refusals = []
+        problems: dict[str, str] = {}  # one of each kind
         for index, share in enumerate(shares):
             status, value = self._answer(index, share, jobs, episodes)
             if status == "done":
                 answers.update(zip(share, value, strict=True))
             else:
-                refusals.append(value)
-        if refusals:
+                problems[status] = value
+        if problems:
             self._slots.clear()  # some episodes went on, some did not
-            raise ValueError(refusals[0])
+            _raise(problems)
         self._slots = dict(enumerate(episodes))
         return [answers[slot] for slot in range(len(jobs))]
 
@@ -176,6 +177,7 @@ class Pool:
             except (EOFError, OSError):
                 status = self._workers[index].end()
                 self.restarts += 1
+                logging.warning("a process of CALVIN's simulator ended (status %s); its episodes are repeated", status)
                 self._workers[index] = _Worker(self._settings, self._python)
                 self._welcome(self._workers[index])
                 for slot in share:
@@ -196,8 +198,15 @@ class Pool:
                 f"a process of CALVIN's simulator ended with status {worker.end()} at its start"
             ) from error
         if status != "done":
-            raise ValueError(value)
+            _raise({status: value})
         return value
+
+
+def _raise(problems: dict[str, str]) -> NoReturn:
+    """Raises what workers reported, faults of ours before mistakes of the user."""
+    if "failed" in problems:
+        raise RuntimeError(f"CALVIN's simulator failed:\n{problems['failed']}")
+    raise ValueError(problems["refused"])
 
 
 def _end_all(workers: list[_Worker]) -> None:

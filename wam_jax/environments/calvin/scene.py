@@ -86,24 +86,26 @@ class Scene:
 
     name: str
     table_urdf: str
-    block_names: tuple[str, str, str]  # in the order of scene_obs
-    block_urdfs: tuple[str, str, str]
-    block_poses: tuple[tuple[float, float, float, float], ...]  # x, y, z, yaw when loaded
+    block_names: tuple[str, ...]  # three, in the order of scene_obs
+    block_urdfs: tuple[str, ...]
     surfaces: dict[str, tuple[tuple[float, float], tuple[float, float]]]  # name: (x, y) low, (x, y) high
 
 
 _TABLE = ((0.0, -0.15), (0.35, -0.03))
 _LEFT_CABINET = {"slider_left": ((-0.32, 0.05), (-0.16, 0.12)), "slider_right": ((-0.05, 0.05), (0.13, 0.12))}
-_SPREAD = ((0.05, -0.12, 0.46, 1.57), (0.23, -0.12, 0.46, 0.0), (0.10, 0.08, 0.46, 1.57))
+BLOCK_POSES = (
+    (0.05, -0.12, 0.46, 1.57),
+    (0.23, -0.12, 0.46, 0.0),
+    (0.10, 0.08, 0.46, 1.57),
+)  # when loaded: x, y, z, yaw
 
 
-def _scene(letter: str, blocks: dict[str, str], surfaces: dict, poses=_SPREAD) -> Scene:
+def _scene(letter: str, blocks: dict[str, str], surfaces: dict) -> Scene:
     return Scene(
         name=letter,
         table_urdf=f"calvin_table_{letter}/urdf/calvin_table_{letter}.urdf",
-        block_names=tuple(f"block_{color}" for color in blocks),  # type: ignore[arg-type]
-        block_urdfs=tuple(f"blocks/block_{color}_{size}.urdf" for color, size in blocks.items()),  # type: ignore[arg-type]
-        block_poses=poses,
+        block_names=tuple(f"block_{color}" for color in blocks),
+        block_urdfs=tuple(f"blocks/block_{color}_{size}.urdf" for color, size in blocks.items()),
         surfaces=surfaces,
     )
 

@@ -59,7 +59,7 @@ class Simulator:
                 baseOrientation=bullet.getQuaternionFromEuler((0, 0, pose[3])),
                 globalScaling=scene.SCALE,
             )
-            for urdf, pose in zip(self._scene.block_urdfs, self._scene.block_poses, strict=True)
+            for urdf, pose in zip(self._scene.block_urdfs, scene.BLOCK_POSES, strict=True)
         ]
         self._load_table()
         floor = bullet.loadURDF(assets.path(self._directory, scene.PLANE_URDF))

@@ -66,8 +66,12 @@ def draw(simulator: Simulator, of: Scene, task: str, rng: np.random.Generator) -
       rng: decides everything.
 
     Raises:
-      ValueError: the task is not known.
+      ValueError: the task is not known, or the scene is not D, whose ranges these are.
     """
+    if of.name != "D":
+        raise ValueError(
+            f"random starts are drawn in scene D only, not {of.name}; give a file of starts: --starts=FILE"
+        )
     if task not in TASKS:
         raise ValueError(f"no random starts for task {task!r}; expected one of {', '.join(TASKS)}")
     for _ in range(_TRIES):

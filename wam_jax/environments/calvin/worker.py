@@ -4,17 +4,19 @@ It answers lists of jobs until its connection closes. A slot is one episode's si
 that episodes in one process do not disturb each other.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from wam_jax.environments.calvin import assets, cameras, scene, starts
+from wam_jax.environments.calvin import assets, cameras, oracle, scene, starts
 from wam_jax.environments.calvin.simulator import Simulator
 
 
@@ -36,7 +38,9 @@ class Frames:
     scene_obs: np.ndarray  # float64 [n, 24]
     rgb_static: np.ndarray  # uint8 [n, S, S, 3]; [0, S, S, 3] where pictures were not asked for
     rgb_gripper: np.ndarray  # likewise
+    target: np.ndarray  # float64 [n, 6], position and Euler angles that actions are added to
     reach_error: np.ndarray  # float64 [n], m between target and what the arm can reach
+    infos: tuple[oracle.Info, ...]  # n, for the oracle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +108,27 @@ Job = Begin | Look | Step | Draw
 
 def _moment(simulator: Simulator, settings: Settings, render: bool) -> tuple:
     pictures = simulator.render(settings.static_size, settings.gripper_size) if render else ()
-    return simulator.robot_obs(), simulator.scene_obs(), simulator.reach_error(), pictures
+    target = np.concatenate([simulator.target_position, simulator.target_euler])
+    return simulator.robot_obs(), simulator.scene_obs(), target, simulator.reach_error(), simulator.info(), pictures
 
 
 def _frames(moments: list[tuple], settings: Settings) -> Frames:
-    robot_obs, scene_obs, errors, pictures = zip(*moments, strict=True)
+    robot_obs, scene_obs, targets, errors, infos, pictures = zip(*moments, strict=True)
     sizes = settings.static_size, settings.gripper_size
     shown = [p for p in pictures if p]
     static, gripper = (
         np.array([pair[camera] for pair in shown], np.uint8).reshape(-1, size, size, 3)
         for camera, size in enumerate(sizes)
     )
-    return Frames(np.array(robot_obs), np.array(scene_obs), static, gripper, np.array(errors))
+    return Frames(
+        robot_obs=np.array(robot_obs),
+        scene_obs=np.array(scene_obs),
+        rgb_static=static,
+        rgb_gripper=gripper,
+        target=np.array(targets),
+        reach_error=np.array(errors),
+        infos=infos,
+    )
 
 
 def facts(settings: Settings) -> dict[str, str]:
@@ -148,13 +161,11 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     settings: Settings = connection.recv()
     simulators: dict[int, Simulator] = {}
-    connection.send(_answer(facts, settings))
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        connection.send(_answer(facts, settings))
+        while True:
             jobs: list[list[Job]] = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(_run_all, jobs, simulators, settings))
+            connection.send(_answer(_run_all, jobs, simulators, settings))
 
 
 def _run_all(jobs: list[list[Job]], simulators: dict[int, Simulator], settings: Settings) -> list[Any]:
@@ -169,8 +180,10 @@ def _run(job: Job, simulators: dict[int, Simulator], settings: Settings) -> Any:
 
 
 def _answer(work: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
-    """("done", result), or ("refused", why) where a value given by the user cannot work."""
+    """("done", result), ("refused", why) where a value given by the user cannot work, or ("failed", traceback)."""
     try:
         return "done", work(*arguments)
     except ValueError as error:
         return "refused", str(error)
+    except Exception:
+        return "failed", traceback.format_exc()

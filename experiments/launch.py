@@ -20,15 +20,24 @@ PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of 
 _FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
 
 
-def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
-    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error."""
-    flags.mark_flags_as_required(["config", "workdir"])
+def main(
+    run: Callable[[FrozenConfigDict, str], None],
+    choose_config: Callable[[ConfigDict | None], ConfigDict] | None = None,
+) -> None:
+    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error.
+
+    Args:
+      run: gets the config and the workdir.
+      choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
+    """
+    flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-            run(prepare(CONFIG.value, str(WORKDIR.value)), str(WORKDIR.value))
+            config = choose_config(CONFIG.value) if choose_config else CONFIG.value
+            run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")

@@ -85,6 +85,18 @@ def test_the_check_names_what_differs(pool, recording, tmp_path):
 
 
 @needs_simulator
+def test_states_are_the_same_without_pictures(recording):
+    pool = Pool(Settings(str(ASSETS), pictures=False), num_workers=1)
+    episode = begin(recording.reset_robot_obs, recording.reset_scene_obs)
+    _, (frames,) = pool.step([episode], recording.actions[None], [False])
+    np.testing.assert_array_equal(frames.robot_obs, recording.robot_obs[1:])
+    np.testing.assert_array_equal(frames.scene_obs, recording.scene_obs[1:])
+    with pytest.raises(ValueError, match="built with pictures=False"):
+        pool.look([episode], [True])
+    pool.close()
+
+
+@needs_simulator
 def test_the_binary_ends_with_1_on_a_difference(recording, tmp_path):
     good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
     np.savez(good, **dataclasses.asdict(shortened(recording, 2)))

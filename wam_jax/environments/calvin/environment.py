@@ -62,7 +62,7 @@ class Calvin:
             raise ValueError(f"rendered={rendered!r}; expected one of {', '.join(RENDERED)}")
         self._scene, self._rendered, self._starts_file = scene, rendered, starts_file
         self._starts = starts.load(starts_file) if starts_file else None
-        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE)
+        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE, pictures=rendered != "none")
         self._pool = Pool(settings, num_workers, python)
 
     @property

@@ -24,12 +24,13 @@ class Light:
 class Simulator:
     """A robot at one table, in a physics world of its own."""
 
-    def __init__(self, directory: str, scene_name: str = "D"):
+    def __init__(self, directory: str, scene_name: str = "D", *, pictures: bool = True):
         """Connects; nothing is loaded before `reset`.
 
         Args:
           directory: the assets, laid out like calvin_env's `data/`.
           scene_name: which table.
+          pictures: False loads no visual shapes: half the time of a reset and half the memory, and the same states.
 
         Raises:
           ValueError: pybullet or files are missing, or the scene is unknown.
@@ -38,6 +39,7 @@ class Simulator:
         self._directory = directory
         assets.check(directory, self._scene)
         self._bullet = assets.World(assets.load_pybullet())
+        self._pictures = pictures
         self.target_position = self.target_euler = np.zeros(3)
 
     def close(self) -> None:
@@ -53,8 +55,8 @@ class Simulator:
         bullet.setGravity(0, 0, scene.GRAVITY)
         self._load_robot()
         self._blocks = [
-            bullet.loadURDF(
-                assets.path(self._directory, urdf),
+            self._load_body(
+                urdf,
                 basePosition=pose[:3],
                 baseOrientation=bullet.getQuaternionFromEuler((0, 0, pose[3])),
                 globalScaling=scene.SCALE,
@@ -62,8 +64,8 @@ class Simulator:
             for urdf, pose in zip(self._scene.block_urdfs, scene.BLOCK_POSES, strict=True)
         ]
         self._load_table()
-        floor = bullet.loadURDF(assets.path(self._directory, scene.PLANE_URDF))
-        if not assets.exists(self._directory, scene.FLOOR_TEXTURE):
+        floor = self._load_body(scene.PLANE_URDF)
+        if self._pictures and not assets.exists(self._directory, scene.FLOOR_TEXTURE):
             cameras.paint_floor(bullet, floor)
         bullet.setTimeStep(scene.PHYSICS_STEP)
         # The original sets this flag before a resetSimulation that clears it. Without it a run depends on where the
@@ -71,11 +73,13 @@ class Simulator:
         bullet.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         self._command = scene.GRIPPER_OPEN
 
+    def _load_body(self, urdf: str, **options: Any) -> int:
+        flags = 0 if self._pictures else self._bullet.URDF_IGNORE_VISUAL_SHAPES
+        return self._bullet.loadURDF(assets.path(self._directory, urdf), flags=flags, **options)
+
     def _load_robot(self) -> None:
         bullet = self._bullet
-        self._robot = bullet.loadURDF(
-            assets.path(self._directory, scene.ROBOT_URDF), basePosition=scene.ROBOT_BASE, useFixedBase=True
-        )
+        self._robot = self._load_body(scene.ROBOT_URDF, basePosition=scene.ROBOT_BASE, useFixedBase=True)
         stand = bullet.createVisualShape(
             bullet.GEOM_CYLINDER, radius=scene.STAND_RADIUS, length=scene.STAND_LENGTH, rgbaColor=(1, 1, 1, 1)
         )
@@ -89,9 +93,7 @@ class Simulator:
 
     def _load_table(self) -> None:
         bullet = self._bullet
-        self._table = bullet.loadURDF(
-            assets.path(self._directory, self._scene.table_urdf), useFixedBase=True, globalScaling=scene.SCALE
-        )
+        self._table = self._load_body(self._scene.table_urdf, useFixedBase=True, globalScaling=scene.SCALE)
         assets.check_links(bullet, self._table, self._scene.table_urdf, scene.TABLE_LINKS)
         for joint in (scene.SLIDER, scene.DRAWER, scene.SWITCH):
             bullet.setJointMotorControl2(self._table, joint, bullet.VELOCITY_CONTROL, force=scene.JOINT_FORCE)
@@ -211,6 +213,8 @@ class Simulator:
         bulb.was_active = up
 
     def _show_light(self, link: int) -> None:
+        if not self._pictures:
+            return
         color = scene.LIGHT_COLORS[link] if self._lights[link].on else scene.OFF_COLOR
         self._bullet.changeVisualShape(self._table, link, rgbaColor=color)
 
@@ -273,7 +277,13 @@ class Simulator:
         return float(np.linalg.norm(kinematics.tcp_position(self._joint_targets) - self.target_position))
 
     def render(self, static_size: int, gripper_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Both cameras' pictures, uint8 [size, size, 3]."""
+        """Both cameras' pictures, uint8 [size, size, 3].
+
+        Raises:
+          ValueError: the simulator was built without pictures.
+        """
+        if not self._pictures:
+            raise ValueError("this simulator was built with pictures=False, for states alone")
         static = cameras.render(self._bullet, cameras.static_view(self._bullet), scene.STATIC_LENS, static_size)
         view = cameras.gripper_view(self._bullet, self._robot)
         return static, cameras.render(self._bullet, view, scene.GRIPPER_LENS, gripper_size)

@@ -28,6 +28,7 @@ class Settings:
     scene: str = "D"
     static_size: int = 64  # pixels
     gripper_size: int = 64
+    pictures: bool = True  # False: states alone, in less time and memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _run_all(jobs: list[list[Job]], simulators: dict[int, Simulator], settings: 
 
 def _run(job: Job, simulators: dict[int, Simulator], settings: Settings) -> Any:
     if job.slot not in simulators:
-        simulators[job.slot] = Simulator(settings.directory, settings.scene)
+        simulators[job.slot] = Simulator(settings.directory, settings.scene, pictures=settings.pictures)
     return job.run(simulators[job.slot], settings)
 
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: setup quickstart test lint smoke clean
+.PHONY: setup calvin quickstart test lint smoke clean
 
 setup: $(VENV)/installed
 
@@ -15,6 +15,9 @@ $(VENV)/installed: requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
+
+calvin: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --only-binary=:all: pybullet==3.2.7
 
 quickstart: setup
 	$(BIN)/python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)

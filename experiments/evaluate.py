@@ -3,7 +3,10 @@
 python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart --policy=ppo
 
 Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Finished tasks
-are kept; a rerun goes on with the missing ones.
+are kept; a rerun goes on with the missing ones. The scripted expert needs no config:
+
+python -m experiments.evaluate --environment=calvin --policy=expert --calvin_assets=calvin_env/data \
+    --starts=eval_starts.npz --workdir=runs/calvin_expert
 """
 
 import functools
@@ -12,9 +15,11 @@ import os
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments import finetune_policy, launch, train_policy, train_reward, train_world_model
+from experiments import finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
+from experiments.configs import calvin_d, quickstart
 from wam_jax import environments, evaluation, imagination, tables
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.types import LatentState
@@ -60,7 +65,7 @@ def latent_policy(config, workdir: str, stage: str, task: str) -> evaluation.Lat
 
 
 def _evaluate_latent_policy(workdir: str, stage: str, config, task: str) -> tables.Row:
-    environment = environments.make(config.environment)
+    environment = simulators.make(config.environment)
     policy = latent_policy(config, workdir, stage, task)
     rng = jax.random.key(config.evaluation.seed)
     result = evaluation.rollout(
@@ -68,16 +73,17 @@ def _evaluate_latent_policy(workdir: str, stage: str, config, task: str) -> tabl
         num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
     )  # fmt: skip
     starts = evaluation.start_latents(environment, policy, task, rng, num_episodes=config.evaluation.num_episodes)
-    return _row(config, task, stage, result, _imagined_success(config, workdir, stage, task, starts))
+    imagined_success = _imagined_success(config, workdir, stage, task, starts)
+    return _row(config, task, stage, result, imagined_success, simulators.describe(environment))
 
 
 def _evaluate_expert(config, task: str) -> tables.Row:
-    environment = environments.make(config.environment)
+    environment = simulators.make(config.environment, rendered="none")
     result = evaluation.rollout(
         environment, evaluation.ScriptedPolicy(environment), task, jax.random.key(config.evaluation.seed),
         num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
     )  # fmt: skip
-    return _row(config, task, "expert", result, None)
+    return _row(config, task, "expert", result, None, simulators.describe(environment))
 
 
 def _imagined_success(config, workdir: str, stage: str, task: str, starts: LatentState) -> float:
@@ -104,7 +110,9 @@ def _imagine(config, model):
     )
 
 
-def _row(config, task: str, stage: str, result: evaluation.Rollout, imagined_success: float | None) -> tables.Row:
+def _row(
+    config, task: str, stage: str, result: evaluation.Rollout, imagined_success: float | None, simulator: str
+) -> tables.Row:
     return tables.make_row(
         environment=config.environment,
         method="-" if stage == "expert" else config.method,
@@ -114,9 +122,22 @@ def _row(config, task: str, stage: str, result: evaluation.Rollout, imagined_suc
         episodes=len(result.success),
         imagined_success=imagined_success,
         seed=config.seed,
+        simulator=simulator,
     )
+
+
+def _choose_config(config: ConfigDict | None) -> ConfigDict:
+    """The given config; without one, what a scripted expert needs, the tasks and the environment."""
+    if config is None:
+        if _POLICY.value != "expert":
+            raise ValueError(f"--policy={_POLICY.value} needs the config it was trained with: --config=FILE")
+        config = (calvin_d if _ENVIRONMENT.value == "calvin" else quickstart).get_config()
+    if _ENVIRONMENT.value:
+        config.environment = _ENVIRONMENT.value
+    return config
 
 
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_enum("policy", "ppo", ("expert", "bc", "ppo"), "Which stage's policies to evaluate")
-    launch.main(lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value))))
+    _ENVIRONMENT = flags.DEFINE_enum("environment", None, environments.ENVIRONMENTS, "In place of the config's")
+    launch.main(lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value))), _choose_config)

@@ -37,9 +37,17 @@ _POSITIVE = (
 _FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
 
 
-def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
-    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error."""
-    flags.mark_flags_as_required(["config", "workdir"])
+def main(
+    run: Callable[[FrozenConfigDict, str], None],
+    choose_config: Callable[[ConfigDict | None], ConfigDict] | None = None,
+) -> None:
+    """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error.
+
+    Args:
+      run: gets the config and the workdir.
+      choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
+    """
+    flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
 
     def guarded(argv: Sequence[str]) -> None:
         try:
@@ -47,7 +55,8 @@ def main(run: Callable[[FrozenConfigDict, str], None]) -> None:
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
-            run(prepare(CONFIG.value, str(WORKDIR.value)), str(WORKDIR.value))
+            config = choose_config(CONFIG.value) if choose_config else CONFIG.value
+            run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")

@@ -14,18 +14,19 @@ from experiments import (
     evaluate,
     finetune_policy,
     launch,
+    simulators,
     train_policy,
     train_reward,
     train_world_model,
 )
-from wam_jax import environments, evaluation, json_files, metrics, tables, videos
+from wam_jax import evaluation, json_files, metrics, tables, videos
 
 VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
 
 def run(config, workdir: str) -> None:
     """Runs every stage and prints the table."""
-    environments.make(config.environment)  # before hours of work, not after them
+    simulators.make(config.environment)  # before hours of work, not after them
     stages = {
         "collect": collect_playtable.run,
         "world_model": train_world_model.run,
@@ -56,7 +57,7 @@ def film(config, workdir: str) -> None:
     policy = evaluate.latent_policy(config, workdir, "ppo", task)
     rng = jax.random.key(config.evaluation.seed)
     result = evaluation.rollout(  # all episodes again: the evaluation's compiled programs serve
-        environments.make(config.environment), policy, task, rng,
+        simulators.make(config.environment), policy, task, rng,
         num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
     )  # fmt: skip
     model, params = train_world_model.load(config, workdir)

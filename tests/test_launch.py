@@ -210,11 +210,11 @@ def test_datasets_are_the_configs_or_the_workdirs():
     assert launch.dataset_directories(config, "run") == ("elsewhere", f"run/data/{launch.DEMONSTRATIONS}")
 
 
-def test_recorded_data_is_neither_collected_nor_evaluated(tmp_path):
+def test_recorded_data_is_not_collected_and_a_simulator_without_assets_refused(tmp_path):
     config = FrozenConfigDict(change("environment", "calvin"))
     with pytest.raises(ValueError, match="config.dataset.play is empty, .* --config.dataset.play=DIR"):
         collect_playtable.run(config, str(tmp_path))
-    with pytest.raises(ValueError, match="no simulator yet"):
+    with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         reproduce.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from wam_jax import diffusion_policy, specs, world_model
 from wam_jax.diffusion_policy import PolicyParams
-from wam_jax.environments import Environment
+from wam_jax.environments.interface import Environment
 from wam_jax.types import Array, LatentState, Observation, Params
 from wam_jax.world_model import WorldModel
 

@@ -27,6 +27,7 @@ class Row:
     high: float
     imagined_success: float | None  # of the same policy from the same starts inside the world model
     seed: int
+    simulator: str = ""  # versions and assets that decide its last bits; empty where only this repository does
 
 
 def make_row(
@@ -39,11 +40,13 @@ def make_row(
     episodes: int,
     imagined_success: float | None,
     seed: int,
+    simulator: str = "",
 ) -> Row:
     """A row with its success rate and 95 % Wilson interval."""
     low, high = wilson(successes, episodes)
+    rate = successes / episodes
     return Row(
-        environment, method, task, stage, successes, episodes, successes / episodes, low, high, imagined_success, seed
+        environment, method, task, stage, successes, episodes, rate, low, high, imagined_success, seed, simulator
     )
 
 

@@ -1,20 +1,29 @@
-"""Environments behind one interface; `make(name)` builds one."""
+"""Environments behind one interface (`interface.Environment`); `make(name)` builds one. Imports no JAX before that."""
 
-from wam_jax.environments.interface import Environment
+from typing import TYPE_CHECKING, Any
 
-ENVIRONMENTS = ("playtable", "calvin")  # calvin: recorded data only, so far; there is no simulator of it here yet
+if TYPE_CHECKING:
+    from wam_jax.environments.interface import Environment
+
+ENVIRONMENTS = ("playtable", "calvin")
 
 
-def make(name: str) -> Environment:
+def make(name: str, **options: Any) -> "Environment":
     """Builds an environment by name.
 
+    Args:
+      name: one of ENVIRONMENTS.
+      options: of `calvin`: see `calvin.environment.Calvin`; `playtable` has none.
+
     Raises:
-      ValueError: there is no environment of that name, or none that can be stepped.
+      ValueError: there is no environment of that name, or it cannot run here.
     """
     if name == "playtable":
-        from wam_jax.environments.playtable.environment import Playtable  # imports JAX code only when it is asked for
+        from wam_jax.environments.playtable.environment import Playtable
 
-        return Playtable()
+        return Playtable(**options)
     if name == "calvin":
-        raise ValueError("environment 'calvin' has recorded data but no simulator yet; evaluate on 'playtable'")
+        from wam_jax.environments.calvin.environment import Calvin
+
+        return Calvin(**options)
     raise ValueError(f"unknown environment {name!r}; expected one of {', '.join(ENVIRONMENTS)}")

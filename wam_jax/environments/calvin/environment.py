@@ -1,0 +1,204 @@
+"""CALVIN as a batch of episodes, `interface.Environment`, on worker processes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from wam_jax import specs
+from wam_jax.environments.calvin import experts, follower, starts
+from wam_jax.environments.calvin.oracle import Info
+from wam_jax.environments.calvin.pool import Episode, Pool, begin
+from wam_jax.environments.calvin.worker import Frames, Settings
+from wam_jax.types import Array, Observation
+
+RENDERED = ("all", "first", "none")
+OUT_OF_REACH = 0.07  # m between target and what the arm can reach, from which it is reported; experts: up to 0.06
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """B episodes, and what was measured last."""
+
+    episodes: tuple[Episode, ...]
+    robot_obs: np.ndarray  # float64 [B, 15]
+    scene_obs: np.ndarray  # float64 [B, 24]
+    target: np.ndarray  # float64 [B, 6], position and Euler angles that actions are added to
+    infos: tuple[tuple[Info, ...], ...]  # B times the moments of the last chunk (one after a reset), for the oracle
+    reported: tuple[bool, ...]  # whether an unreachable target was reported, once an episode
+
+
+class Calvin:
+    """Implements `interface.Environment`; a state is a value, and may be stepped more than once."""
+
+    name = "calvin"
+
+    def __init__(
+        self,
+        assets: str = "",
+        *,
+        scene: str = "D",
+        starts_file: str = "",
+        rendered: str = "all",
+        num_workers: int = 0,
+        python: str = "",
+    ):
+        """Starts the workers.
+
+        Args:
+          assets: folder laid out like calvin_env's `data/`.
+          scene: A, B, C or D.
+          starts_file: npz of starts that `reset_to_task` takes in order; empty: random ones.
+          rendered: whose pictures are drawn: "all" episodes', the "first"'s, "none"'s; the others see black.
+          num_workers: processes; 0: one for each core.
+          python: the interpreter that has pybullet; empty: this one.
+
+        Raises:
+          ValueError: a value cannot work; pybullet, assets or starts are missing.
+        """
+        if rendered not in RENDERED:
+            raise ValueError(f"rendered={rendered!r}; expected one of {', '.join(RENDERED)}")
+        self._scene, self._rendered, self._starts_file = scene, rendered, starts_file
+        self._starts = starts.load(starts_file) if starts_file else None
+        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE, pictures=rendered != "none")
+        self._pool = Pool(settings, num_workers, python)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Versions, renderer and assets: what a result should record."""
+        return self._pool.facts
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._pool.close()
+
+    def reset_to_task(self, rng: Array, task: Array) -> State:
+        """See `interface.Environment`.
+
+        Raises:
+          ValueError: a task is not an index into `specs.TASKS`, or the file of starts has too few.
+        """
+        task = np.asarray(task)
+        if task.ndim != 1 or ((task < 0) | (task >= len(specs.TASKS))).any():
+            raise ValueError(f"task must be [B] with entries 0..{len(specs.TASKS) - 1}, got {task}")
+        names = [specs.TASKS[i] for i in task]
+        if self._starts is None:
+            words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
+            return self._begin(self._pool.draw(names, [(*words, index) for index in range(len(names))]))
+        return self._begin([begin(*self._start(name, names[:i].count(name))) for i, name in enumerate(names)])
+
+    def _start(self, task: str, index: int) -> starts.Start:
+        """The `index`-th start of a task in the file."""
+        assert self._starts is not None
+        if index >= len(self._starts[task]):
+            raise ValueError(
+                f"{self._starts_file} holds {len(self._starts[task])} starts of {task}, fewer than the episodes asked "
+                "for; lower config.evaluation.num_episodes"
+            )
+        return self._starts[task][index]
+
+    def reset_to(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> State:
+        """Begins episodes in recorded states, [B, 15] and [B, 24]."""
+        return self._begin([begin(*start) for start in zip(robot_obs, scene_obs, strict=True)])
+
+    def _begin(self, episodes: Sequence[Episode]) -> State:
+        frames = self._pool.look(episodes, [False] * len(episodes))
+        return _state(episodes, frames, (False,) * len(episodes))
+
+    def observe(self, state: State) -> Observation:
+        """See `interface.Environment`."""
+        frames = self._pool.look(state.episodes, self._render(len(state.episodes)))
+        observation = _observation(frames)
+        return jax.tree.map(lambda x: x[:, 0], observation)
+
+    def step_chunk(self, state: State, actions: Array) -> tuple[State, Observation]:
+        """See `interface.Environment`.
+
+        Raises:
+          ValueError: the actions are not [B, C, 7], not finite, or out of range.
+        """
+        actions = _executable(np.asarray(actions, np.float64), len(state.episodes))
+        episodes, frames = self._pool.step(state.episodes, actions, self._render(len(actions)))
+        reported = tuple(map(self._report, range(len(frames)), frames, state.reported))
+        return _state(episodes, frames, reported), _observation(frames)
+
+    def start_expert(self, rng: Array, task: Array, state: State) -> tuple[follower.Plan, ...]:
+        """See `interface.Environment`.
+
+        Raises:
+          ValueError: the scene is not D, which the experts know.
+        """
+        if self._scene != "D":
+            raise ValueError(f"the scripted experts know scene D only, not {self._scene}")
+        words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
+        episodes = zip(np.asarray(task), state.target, state.scene_obs, strict=True)
+        return tuple(
+            experts.plan(specs.TASKS[int(t)], target, scene_obs, np.random.default_rng([*words, index]))
+            for index, (t, target, scene_obs) in enumerate(episodes)
+        )
+
+    def act_expert(self, expert: tuple[follower.Plan, ...], state: State) -> tuple[tuple[follower.Plan, ...], Array]:
+        """See `interface.Environment`."""
+        plans, actions = zip(*map(follower.act, expert, state.robot_obs), strict=True)
+        return plans, np.array(actions, np.float32)
+
+    def _render(self, count: int) -> list[bool]:
+        return [self._rendered == "all" or (self._rendered == "first" and i == 0) for i in range(count)]
+
+    def _report(self, index: int, frames: Frames, reported: bool) -> bool:
+        error = frames.reach_error.max()
+        if error > OUT_OF_REACH and not reported:
+            logging.warning(
+                "episode %d: the target is out of reach, the arm stays %.0f mm from it; CALVIN itself says nothing",
+                index,
+                1000 * error,
+            )
+        return reported or bool(error > OUT_OF_REACH)
+
+
+def _executable(actions: np.ndarray, count: int) -> np.ndarray:
+    """Checks actions [B, C, 7] and turns their last entry into a gripper command."""
+    if actions.ndim != 3 or actions.shape[0] != count or actions.shape[1] < 1 or actions.shape[2] != specs.ACTION_DIM:
+        raise ValueError(f"actions must be [{count}, C, {specs.ACTION_DIM}], got {actions.shape}")
+    wrong = np.argwhere(~np.isfinite(actions).all(-1) | (np.abs(actions[..., :6]).max(-1, initial=0) > 1))
+    if len(wrong):
+        episode, step = wrong[0]
+        raise ValueError(
+            f"action {step} of episode {episode} is {actions[episode, step].tolist()}; expected finite entries, the "
+            "first six in [-1, 1]"
+        )
+    gripper = np.where(actions[..., 6:] > 0, specs.GRIPPER_OPEN, specs.GRIPPER_CLOSE)
+    return np.concatenate([actions[..., :6], gripper], axis=-1)
+
+
+def _state(episodes: Sequence[Episode], frames: Sequence[Frames], reported: tuple[bool, ...]) -> State:
+    return State(
+        episodes=tuple(episodes),
+        robot_obs=np.stack([f.robot_obs[-1] for f in frames]),
+        scene_obs=np.stack([f.scene_obs[-1] for f in frames]),
+        target=np.stack([f.target[-1] for f in frames]),
+        infos=tuple(f.infos for f in frames),
+        reported=reported,
+    )
+
+
+def _observation(frames: Sequence[Frames]) -> Observation:
+    """Stacks episodes, [B, C, ...]; undrawn pictures are black."""
+
+    def pictures(field: str) -> np.ndarray:
+        shape = len(frames), len(frames[0].robot_obs), *getattr(frames[0], field).shape[1:]
+        stacked = np.zeros(shape, np.uint8)
+        for row, f in zip(stacked, frames, strict=True):
+            if len(getattr(f, field)):
+                row[:] = getattr(f, field)
+        return stacked
+
+    robot_obs, scene_obs = (np.stack([getattr(f, k) for f in frames]) for k in ("robot_obs", "scene_obs"))
+    return Observation(
+        pictures("rgb_static"),
+        pictures("rgb_gripper"),
+        robot_obs.astype(np.float32),
+        scene_obs.astype(np.float32),
+    )

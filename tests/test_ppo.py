@@ -95,9 +95,9 @@ def make_inputs(goal=1.0):
 
 
 @functools.cache
-def make_decisions():
+def make_decisions(**changes):
     """Decisions of one collection, some of them after the end of their episode."""
-    settings = make_settings()
+    settings = make_settings(**changes)
 
     @jax.jit
     def collect(state, inputs, rng):
@@ -189,6 +189,15 @@ def test_advantages_are_normalised_over_valid_decisions():
     decisions = make_decisions()
     advantage = np.asarray(decisions.advantage)[np.asarray(decisions.valid)]
     np.testing.assert_allclose([advantage.mean(), advantage.std(ddof=1)], [0, 1], atol=1e-4)
+
+
+def test_advantages_are_divided_by_a_floor_where_they_vary_less():
+    free, low, high, higher = (make_decisions(min_advantage_std=floor) for floor in (0.0, 1e-3, 10.0, 20.0))
+    np.testing.assert_array_equal(low.advantage, free.advantage)
+    assert np.std(high.advantage[high.valid]) < 0.5
+    np.testing.assert_allclose(high.advantage, 2 * higher.advantage, rtol=1e-5)
+    quotient = np.asarray(high.advantage / free.advantage)
+    np.testing.assert_allclose(quotient, quotient[0], rtol=1e-3)
 
 
 def test_regulariser_pulls_towards_the_base_policy():

@@ -159,17 +159,22 @@ def check_shards(directory: str | Path) -> None:
       ValueError: a file is missing or of another size, named.
     """
     directory = Path(directory)
-    mend = f"delete it and {INFO_FILE}, and run the command that wrote the dataset again"
+    mend = "delete it, and run the command that wrote the dataset again"
     info = json_files.read(directory / INFO_FILE, mend)
-    for split in info["splits"]:
-        name, num_shards = split["name"], len(split["shardLengths"])
-        paths = [shard_path(directory, info["name"], name, i, num_shards) for i in range(num_shards)]
+    try:
+        splits = [(split["name"], len(split["shardLengths"]), int(split["numBytes"])) for split in info["splits"]]
+        name_of_dataset = info["name"]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory / INFO_FILE} is damaged ({reason}); {mend}") from error
+    for name, num_shards, expected in splits:
+        paths = [shard_path(directory, name_of_dataset, name, i, num_shards) for i in range(num_shards)]
         for path in paths:
             if not path.exists():
                 raise ValueError(
                     f"{path} is missing; delete {INFO_FILE} there, and run the command that wrote it again"
                 )
-        found, expected = sum(path.stat().st_size for path in paths), int(split["numBytes"])
+        found = sum(path.stat().st_size for path in paths)
         if found != expected:
             smallest = min(paths, key=lambda path: path.stat().st_size)
             raise ValueError(

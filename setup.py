@@ -40,6 +40,6 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "calvin": ["pybullet"],
-        "dev": ["pytest", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy"],
     },
 )

@@ -19,13 +19,8 @@ EPISODES_PER_SHARD = 16  # also how many are simulated side by side
 
 def run(config, workdir: str) -> None:
     """Collects what is missing; a finished dataset is left alone."""
-    for key in ("play", "demonstrations"):
-        if config.environment != "playtable" and not config.dataset[key]:
-            raise ValueError(
-                f"config.dataset.{key} is empty, and environment {config.environment!r} is not collected here; give "
-                f"its shards: --config.dataset.{key}=DIR (see data/README.md)"
-            )
-    play_directory, demonstration_directory = launch.dataset_directories(config, workdir)
+    play_directory = launch.play_directory(config, workdir)
+    demonstration_directory = launch.demonstration_directory(config, workdir)
     if not config.dataset.play:
         collect_play(play_directory, config)
     if not config.dataset.demonstrations:

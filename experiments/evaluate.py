@@ -11,6 +11,7 @@ python -m experiments.evaluate --environment=calvin --policy=expert --calvin_ass
 
 import functools
 import os
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,18 +23,20 @@ from experiments import finetune_policy, launch, simulators, train_policy, train
 from experiments.configs import calvin_d, quickstart
 from wam_jax import environments, evaluation, imagination, tables
 from wam_jax.diffusion_policy import PolicyParams
-from wam_jax.types import LatentState
+from wam_jax.types import LatentState, Params
+from wam_jax.world_model import WorldModel
 
 
 def run(config, workdir: str, stage: str) -> list[tables.Row]:
     """Evaluates one stage on every task; returns all rows of the workdir."""
     path = os.path.join(workdir, "evaluation", f"{stage}.json")
     rows = tables.load(path) if os.path.exists(path) else []
-    rows = [row for row in rows if row.episodes == config.evaluation.num_episodes]
-    missing = [task for task in config.tasks if task not in {row.task for row in rows}]
-    evaluate = _evaluate_expert if stage == "expert" else functools.partial(_evaluate_latent_policy, workdir, stage)
+    done = {row.task for row in rows if row.episodes == config.evaluation.num_episodes}
+    missing = [task for task in config.tasks if task not in done]
+    trained = {task: _load(config, workdir, stage, task) for task in missing}  # a missing one is named before any work
     for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
-        rows.append(evaluate(config, task))
+        row = _evaluate(config, stage, task, trained[task])
+        rows = [other for other in rows if other.task != task] + [row]  # one of fewer episodes stays until now
         tables.save(path, rows)
     return write_table(workdir)
 
@@ -64,35 +67,56 @@ def latent_policy(config, workdir: str, stage: str, task: str) -> evaluation.Lat
     return evaluation.LatentPolicy(model, params, policy, train_policy.policy_settings(config))
 
 
-def _evaluate_latent_policy(workdir: str, stage: str, config, task: str) -> tables.Row:
-    environment = simulators.make(config.environment)
-    policy = latent_policy(config, workdir, stage, task)
-    rng = jax.random.key(config.evaluation.seed)
-    result = evaluation.rollout(
-        environment, policy, task, rng,
-        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
-    )  # fmt: skip
-    starts = evaluation.start_latents(environment, policy, task, rng, num_episodes=config.evaluation.num_episodes)
-    imagined_success = _imagined_success(config, workdir, stage, task, starts)
-    return _row(config, task, stage, result, imagined_success, simulators.describe(environment))
+class _Trained(NamedTuple):
+    """What the evaluation of one task needs from the workdir."""
+
+    policy: PolicyParams
+    reward_params: Params
+    model: WorldModel
+    world_model_params: Params
 
 
-def _evaluate_expert(config, task: str) -> tables.Row:
-    environment = simulators.make(config.environment, rendered="none")
-    result = evaluation.rollout(
-        environment, evaluation.ScriptedPolicy(environment), task, jax.random.key(config.evaluation.seed),
-        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
-    )  # fmt: skip
-    return _row(config, task, "expert", result, None, simulators.describe(environment))
-
-
-def _imagined_success(config, workdir: str, stage: str, task: str, starts: LatentState) -> float:
-    """Success of the same policy, sampled as in evaluation, from the same starts inside the world model."""
-    model, params = train_world_model.load(config, workdir)
-    policy = load_policy(config, workdir, stage, task)
+def _load(config, workdir: str, stage: str, task: str) -> _Trained | None:
+    if stage == "expert":
+        return None
     reward_params = train_reward.load(config, workdir, task)
-    inputs = imagination.ImaginationInputs(starts, params, reward_params, policy.base)
-    episodes = _imagine(config, model)(policy, inputs, jax.random.key(config.evaluation.seed))
+    return _Trained(load_policy(config, workdir, stage, task), reward_params, *train_world_model.load(config, workdir))
+
+
+def _evaluate(config, stage: str, task: str, trained: _Trained | None) -> tables.Row:
+    environment = simulators.make(config.environment, rendered="all" if trained else "none")
+    num_episodes = config.evaluation.num_episodes
+    rng = jax.random.key(config.evaluation.seed)
+    policy: evaluation.Policy = evaluation.ScriptedPolicy(environment)
+    if trained:
+        settings = train_policy.policy_settings(config)
+        policy = evaluation.LatentPolicy(trained.model, trained.world_model_params, trained.policy, settings)
+    result = evaluation.rollout(
+        environment, policy, task, rng, num_episodes=num_episodes, max_steps=config.evaluation.max_steps
+    )
+    imagined_success = None
+    if trained:
+        starts = evaluation.start_latents(environment, policy, task, rng, num_episodes=num_episodes)
+        imagined_success = _imagined_success(config, trained, starts)
+    return tables.make_row(
+        environment=config.environment,
+        method=config.method if trained else "-",
+        task=task,
+        stage=stage,
+        successes=int(np.sum(result.success)),
+        episodes=num_episodes,
+        imagined_success=imagined_success,
+        seed=config.seed,
+        simulator=simulators.describe(environment),
+    )
+
+
+def _imagined_success(config, trained: _Trained, starts: LatentState) -> float:
+    """Success of the same policy, sampled as in evaluation, from the same starts inside the world model."""
+    inputs = imagination.ImaginationInputs(
+        starts, trained.world_model_params, trained.reward_params, trained.policy.base
+    )
+    episodes = _imagine(config, trained.model)(trained.policy, inputs, jax.random.key(config.evaluation.seed))
     return float(imagination.success_rate(episodes))
 
 
@@ -107,22 +131,6 @@ def _imagine(config, model):
             policy_settings=train_policy.policy_settings(config),
             settings=settings,
         )
-    )
-
-
-def _row(
-    config, task: str, stage: str, result: evaluation.Rollout, imagined_success: float | None, simulator: str
-) -> tables.Row:
-    return tables.make_row(
-        environment=config.environment,
-        method="-" if stage == "expert" else config.method,
-        task=task,
-        stage=stage,
-        successes=int(np.sum(result.success)),
-        episodes=len(result.success),
-        imagined_success=imagined_success,
-        seed=config.seed,
-        simulator=simulator,
     )
 
 

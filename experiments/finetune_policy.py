@@ -30,17 +30,20 @@ def run(config, workdir: str) -> None:
     )
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     demonstrations = train_policy.encode_demonstrations(config, workdir)
-    for task in tasks:
-        inputs = imagination.ImaginationInputs(
+    inputs = {
+        task: imagination.ImaginationInputs(
             start=latents.start_bank(demonstrations[task][0], settings.max_start_step),
             world_model_params=world_model_params,
             reward_params=train_reward.load(config, workdir, task),
             base_policy_params=train_policy.load(config, workdir, task),
         )
+        for task in tasks  # before the first is trained: what is missing is named at once
+    }
+    for task in tasks:
         training.fit(
             compiled,
-            initial_state(config, task, inputs.base_policy_params),
-            training.repeat(parallel.replicate(inputs, devices)),
+            initial_state(config, task, inputs[task].base_policy_params),
+            training.repeat(parallel.replicate(inputs[task], devices)),
             stage=stage(task),
             workdir=workdir,
             settings=settings.to_dict(),

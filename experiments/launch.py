@@ -12,28 +12,27 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from experiments.configs import base
 from wam_jax import datasets, environments, input_pipeline, json_files, parallel, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
 PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of the datasets that are collected
-# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
-# the world model, say, would leave policies behind that were cloned on other latents.
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
-_LOCKS: list = []
-_MAY_BE_0 = (
-    "seed",
-    "num_devices",
-    "max_start_step",
-    "critic_warmup",
-    "warmup_steps",
-)  # whole numbers; others: 1 or more
+_LOCKS: list = []  # open lock files, for as long as the process lives
+# Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
+_LEAST = {"window_length": 2, "time_dim": 4} | dict.fromkeys(
+    ("seed", "num_devices", "max_start_step", "critic_warmup", "warmup_steps"), 0
+)
+_MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number
 _SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount")
 _POSITIVE = (
     *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
-    *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip"),
+    *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip", "clip_rate"),
 )
+# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
+# the world model, say, would leave policies behind that were cloned on other latents.
 _FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
 
 
@@ -75,14 +74,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         getattr(CONFIG.value, "seed", None)  # a file that could not be loaded raises only now
         return rest
-    except (AttributeError, KeyError) as error:  # an override of what the config does not have
-        overrides = [argument.partition("=")[0] for argument in argv if argument.startswith("--config.")]
-        named = [name for name in overrides if any(key in str(error) for key in name.split(".")[1:])]
-        sys.exit(f"error: {' or '.join(named) or '--config'}: the config has no such key ({error})")
-    except (flags.Error, OSError, TypeError, ValueError) as error:
+    except (flags.Error, OSError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         loading = any("config file" in line or "Traceback" in line for line in lines)  # the cause stands last
         sys.exit(f"error: {lines[-1] if loading else '; '.join(lines)}")
+    except Exception as error:  # whatever a file of Python raises while it is loaded, or an override of what it lacks
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        overrides = [argument.partition("=")[0] for argument in argv if argument.startswith("--config.")]
+        if isinstance(error, AttributeError | KeyError | TypeError):
+            named = [name for name in overrides if any(key in str(error) for key in name.split(".")[1:])]
+            if named or (overrides and isinstance(error, TypeError)):
+                sys.exit(f"error: {' or '.join(named or overrides)}: the config has no such key ({reason})")
+        sys.exit(f"error: the file that --config names could not be loaded ({reason})")
 
 
 def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
@@ -119,6 +122,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.environment={config.environment!r}; expected one of {', '.join(environments.ENVIRONMENTS)}"
         )
+    if config.method not in base.METHODS:
+        raise ValueError(f"config.method={config.method!r}; expected one of {', '.join(base.METHODS)}")
     if not config.tasks:
         raise ValueError(f"config.tasks is empty; name at least one of {', '.join(specs.TASKS)}")
     for task in config.tasks:
@@ -163,12 +168,13 @@ def _check_ranges(values: dict) -> None:
     for name, value in values.items():
         key = name.rpartition(".")[2]
         if isinstance(value, tuple | list) and key.endswith("_dims"):
-            good, expected = len(value) > 0 and min(value) >= 1, "one size or more, each at least 1"
+            whole = all(isinstance(size, int) for size in value)
+            good, expected = len(value) > 0 and whole and min(value) >= 1, "one size or more, each at least 1"
         elif isinstance(value, bool) or not isinstance(value, int | float):
             continue
         elif isinstance(value, int):
-            least = 0 if key in _MAY_BE_0 else 1
-            good, expected = value >= least, f"{least} or more"
+            least, most = _LEAST.get(key, 1), _MAX_SEED if key == "seed" else math.inf
+            good, expected = least <= value <= most, f"{least} or more" + f", at most {most}" * (key == "seed")
         elif key in _SHARES:
             good, expected = 0 <= value <= 1, "a number from 0 to 1"
         elif key in _POSITIVE:
@@ -192,16 +198,22 @@ def _check_agreement(config: ConfigDict) -> None:
             f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
             f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
         )
+    if config.policy.time_dim % 2:
+        raise ValueError(f"config.policy.time_dim={config.policy.time_dim} is odd: half are sines, half cosines")
+    decisions = config.ppo.num_rollouts * max_steps // chunk
+    if config.ppo.batch_size < decisions:  # more means all of them, on any number of devices
+        num_devices = len(parallel.local_devices(config.num_devices))
+        parallel.check_batch_size(config.ppo.batch_size, num_devices, name="config.ppo.batch_size")
     settings = config.world_model
     if (settings.action_weight > 0) != (config.method == "wam"):
         raise ValueError(
             f"config.world_model.action_weight={settings.action_weight} with method {config.method!r}: tables would "
             "name the wrong method; choose it with the config file, FILE.py:wam or FILE.py:dreamer_v2"
         )
-    if settings.open_loop_weight and settings.open_loop_steps > settings.window_length:
+    if settings.open_loop_weight and not 2 <= settings.open_loop_steps <= settings.window_length:
         raise ValueError(
-            f"config.world_model.open_loop_steps={settings.open_loop_steps} exceeds window_length="
-            f"{settings.window_length}; shorten it, or lengthen the window"
+            f"config.world_model.open_loop_steps={settings.open_loop_steps}; expected 2 to window_length="
+            f"{settings.window_length}"
         )
     if settings.soft_prior and not config.policy.soft_feature:
         raise ValueError(
@@ -221,11 +233,13 @@ def _check_data(config: ConfigDict) -> None:
                 f"config.world_model.window_length={window} is longer than every episode: config.dataset.play_steps="
                 f"{data.play_steps}; shorten the window or play longer"
             )
-    elif window > max(datasets.episode_lengths(data.play, "train")):
-        raise ValueError(
-            f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest has "
-            f"{max(datasets.episode_lengths(data.play, 'train'))} steps; shorten the window"
-        )
+    else:
+        longest = max(datasets.episode_lengths(data.play, "train"))
+        if window > longest:
+            raise ValueError(
+                f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest "
+                f"has {longest} steps; shorten the window"
+            )
     if data.demonstrations:
         found = set(datasets.episode_tasks(data.demonstrations))
         missing = [task for task in config.tasks if specs.task_index(task) not in found]
@@ -243,6 +257,9 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
     if os.path.exists(path) and _holds_work(workdir):
         old = json_files.read(path, "delete it if you know that the config of this run has not changed")
         flat_old, flat_new = _flat(old), _flat(new)
+        # An option that came after the run was made changes nothing at the value that base.py gives it.
+        before = _flat(json.loads(base.get_config(config.method).to_json_best_effort()))
+        flat_old = {key: before[key] for key in flat_new if key in before} | flat_old
         changed = sorted(
             key
             for key in {*flat_old, *flat_new}
@@ -250,10 +267,15 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
         )
         if changed:
             key = changed[0]
+            more = f" (and {len(changed) - 1} more differences)" if changed[1:] else ""
+            if key not in flat_new:
+                raise ValueError(
+                    f"{workdir} holds a run made by another version, with config.{key}={flat_old[key]!r}, which this "
+                    f"one does not know{more}; use that version, or another --workdir"
+                )
             raise ValueError(
-                f"{workdir} holds a run with config.{key}={flat_old.get(key)!r}, not {flat_new.get(key)!r}"
-                f"{f' (and {len(changed) - 1} more differences)' if changed[1:] else ''}; use another --workdir, or "
-                "the value it was made with"
+                f"{workdir} holds a run with config.{key}={flat_old.get(key)!r}, not {flat_new.get(key)!r}{more}; use "
+                "another --workdir, or the value it was made with"
             )
     json_files.write(path, new)
 
@@ -288,10 +310,23 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
-def dataset_directories(config: FrozenConfigDict, workdir: str) -> tuple[str, str]:
-    """Where the play and the demonstrations are: the config's, or those collected into the workdir."""
-    play = config.dataset.play or os.path.join(workdir, "data", PLAY)
-    return play, config.dataset.demonstrations or os.path.join(workdir, "data", DEMONSTRATIONS)
+def play_directory(config: FrozenConfigDict, workdir: str) -> str:
+    """Where the play is: the config's, or what was collected into the workdir."""
+    return _dataset_directory(config, workdir, "play", PLAY)
+
+
+def demonstration_directory(config: FrozenConfigDict, workdir: str) -> str:
+    """Where the demonstrations are: the config's, or what was collected into the workdir."""
+    return _dataset_directory(config, workdir, "demonstrations", DEMONSTRATIONS)
+
+
+def _dataset_directory(config, workdir: str, key: str, name: str) -> str:
+    if config.environment != "playtable" and not config.dataset[key]:
+        raise ValueError(
+            f"config.dataset.{key} is empty, and environment {config.environment!r} is not collected here; give "
+            f"its shards: --config.dataset.{key}=DIR (see data/README.md)"
+        )
+    return config.dataset[key] or os.path.join(workdir, "data", name)
 
 
 def stage_settings(settings: FrozenConfigDict, **changes) -> FrozenConfigDict:

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from wam_jax import environments, evaluation, metrics, specs, tables
+from wam_jax import environments, evaluation, json_files, metrics, specs, tables
 from wam_jax.environments.playtable import dynamics, environment, starts
 
 _OUTPUT = flags.DEFINE_string("output", "docs/results/playtable/speed", "Folder for environment.json and experts.json")
-_NUM_ENVIRONMENTS = flags.DEFINE_integer("num_environments", 64, "Tables side by side")
+_NUM_ENVIRONMENTS = flags.DEFINE_integer("num_environments", 64, "Tables side by side", lower_bound=1)
 _NUM_EPISODES = flags.DEFINE_integer("num_episodes", 256, "Random starts per task for the experts", lower_bound=1)
 _REPEATS = 7
 
@@ -28,10 +28,8 @@ _REPEATS = 7
 def main(argv) -> None:
     """Measures, prints and writes."""
     del argv
-    os.makedirs(_OUTPUT.value, exist_ok=True)
     figures = measure_speed(_NUM_ENVIRONMENTS.value)
-    with open(os.path.join(_OUTPUT.value, "environment.json"), "w") as file:
-        json.dump(figures, file, indent=1)
+    json_files.write(os.path.join(_OUTPUT.value, "environment.json"), figures)
     print(json.dumps(figures, indent=1))
     rows = [evaluate_expert(task, _NUM_EPISODES.value) for task in specs.TASKS]
     tables.save(os.path.join(_OUTPUT.value, "experts.json"), rows)
@@ -55,6 +53,7 @@ def measure_speed(num_environments: int) -> dict:
     render = _throughput(functools.partial(observe, state), num_environments)
     physics = _throughput(functools.partial(move, state, jax.random.key(0)), steps * num_environments)
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "machine": metrics.machine(),
         "environments": num_environments,
         "frames_per_second": render,

@@ -1,15 +1,20 @@
 """Prints the table of one or several runs, side by side.
 
 python -m experiments.print_table runs/quickstart [runs/another ...]
+python -m experiments.print_table --pool_seeds runs/seed_0 runs/seed_1
 """
 
+import collections
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 
-from absl import app
+from absl import app, flags
 
 from wam_jax import tables
+
+_POOL_SEEDS = flags.DEFINE_bool("pool_seeds", False, "Add up runs of one config that differ in their seed")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,10 +22,23 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) < 2:
         sys.exit("error: name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
     try:
-        rows = [row for workdir in argv[1:] for row in tables.load(os.path.join(workdir, "table.json"))]
+        runs = {workdir: tables.load(os.path.join(workdir, "table.json")) for workdir in argv[1:]}
+        print(tables.markdown(combine(runs, pool_seeds=_POOL_SEEDS.value)))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(tables.markdown(rows))
+
+
+def combine(runs: dict[str, list[tables.Row]], *, pool_seeds: bool) -> list[tables.Row]:
+    """All rows; where two runs have the same column, their names tell the columns apart, unless seeds are pooled."""
+    columns = {name: {(row.environment, row.method, row.stage) for row in rows} for name, rows in runs.items()}
+    shared = collections.Counter(column for of_run in columns.values() for column in of_run).most_common(1)
+    if pool_seeds or not shared or shared[0][1] == 1:
+        return [row for rows in runs.values() for row in rows]
+    return [
+        dataclasses.replace(row, environment=f"{name}, {row.environment}")
+        for name, rows in runs.items()
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def initial_state(config, task: str) -> diffusion_policy.PolicyState:
 def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
     """The demonstrations of each task and their latents under the workdir's world model."""
     model, params = train_world_model.load(config, workdir)
-    _, directory = launch.dataset_directories(config, workdir)
+    directory = launch.demonstration_directory(config, workdir)
     episodes = datasets.read_episodes(directory)
     encoded = {}
     for task in config.tasks:

@@ -36,7 +36,7 @@ def run(config, workdir: str) -> None:
         more_latents, more_episodes = play.get(task, ([], []))
         demonstrated, episodes = demonstrations[task]
         banks.append(latents.classifier_bank(demonstrated + more_latents, episodes + more_episodes))
-        success_classifier.check_labels(banks[-1].label)
+        success_classifier.check_labels(banks[-1].label, task=task)
     for task, bank in zip(tasks, latents.pad_classifier_banks(banks), strict=True):
         state = training.fit(
             compiled,
@@ -76,8 +76,9 @@ def initial_state(config, task: str) -> success_classifier.ClassifierState:
 def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
     """The annotated attempts of play at each task, failures among them, and their latents; none without the split."""
     model, params = train_world_model.load(config, workdir)
-    directory, _ = launch.dataset_directories(config, workdir)
-    attempts = datasets.read_attempts(directory, split, [specs.task_index(task) for task in config.tasks])
+    attempts = datasets.read_attempts(
+        launch.play_directory(config, workdir), split, [specs.task_index(task) for task in config.tasks]
+    )
     encoded = {}
     for task in config.tasks:
         chosen = attempts[specs.task_index(task)]

@@ -8,7 +8,7 @@ import functools
 import jax
 
 from experiments import launch
-from wam_jax import input_pipeline, parallel, training, world_model
+from wam_jax import datasets, input_pipeline, parallel, training, world_model
 from wam_jax.types import Params
 from wam_jax.world_model import WorldModel
 
@@ -20,7 +20,8 @@ def run(config, workdir: str) -> None:
     settings = config.world_model
     if training.steps_done(workdir, STAGE) >= settings.num_steps:
         return
-    play_directory, _ = launch.dataset_directories(config, workdir)
+    play_directory = launch.play_directory(config, workdir)
+    datasets.open_builder(play_directory, "train")  # a missing one is named before anything is built
     devices = parallel.local_devices(config.num_devices)
     model = world_model.build(settings)
     update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
@@ -53,6 +54,7 @@ def run(config, workdir: str) -> None:
     )
 
 
+@functools.lru_cache(maxsize=1)  # frozen from now on: one copy serves all stages of a run
 def load(config, workdir: str) -> tuple[WorldModel, Params]:
     """Loads the frozen world model that later stages build on.
 

@@ -1,6 +1,7 @@
 """Rollouts count what the oracle sees, and evaluate the policy that training saved."""
 
 import functools
+import shutil
 from unittest import mock
 
 import helpers
@@ -11,7 +12,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import evaluate, finetune_policy, train_policy, train_reward, train_world_model
-from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, training, world_model
+from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, tables, training, world_model
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.types import Observation
@@ -299,6 +300,41 @@ def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, sta
         evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=8) for policy in (trained, loaded)
     ]
     helpers.assert_equal(*results)
+
+
+def test_finished_evaluations_stay_until_longer_ones_replace_them(tmp_path, monkeypatch):
+    config = helpers.freeze(helpers.make_config(), tasks=("open_drawer", "close_drawer"))
+    rows = [
+        tables.make_row(environment="playtable", method="-", task=task, stage="expert", successes=1, episodes=1,
+                        imagined_success=None, seed=0)
+        for task in config.tasks
+    ]  # fmt: skip
+    tables.save(f"{tmp_path}/evaluation/expert.json", rows)
+    asked = []
+
+    def rollout(environment, policy, task, rng, *, num_episodes, max_steps):
+        asked.append(task)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return mock.Mock(success=np.ones(num_episodes, bool))
+
+    monkeypatch.setattr(evaluation, "rollout", rollout)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, str(tmp_path), "expert")
+    kept = {row.task: row.episodes for row in tables.load(f"{tmp_path}/evaluation/expert.json")}
+    assert kept == {"open_drawer": config.evaluation.num_episodes, "close_drawer": 1}
+    evaluate.run(config, str(tmp_path), "expert")
+    assert asked == ["open_drawer", "close_drawer", "close_drawer"]
+
+
+@pytest.mark.parametrize("missing", ["reward", "policy"])
+def test_what_an_evaluation_lacks_is_named_before_an_episode_is_played(workdir, tmp_path, monkeypatch, missing):
+    shutil.copytree(workdir[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / missing)
+    monkeypatch.setattr(evaluation, "rollout", mock.Mock(side_effect=AssertionError("an episode was played")))
+    config = helpers.freeze(CONFIG, tasks=(TASK,))
+    with pytest.raises(ValueError, match=f"run/{missing}/{TASK} is at step 0"):
+        evaluate.run(config, str(tmp_path / "run"), "bc")
 
 
 def test_a_missing_stage_is_named(tmp_path):

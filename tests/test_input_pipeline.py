@@ -43,15 +43,13 @@ def take(directory, count, cache="memory", batch_size=4, seed=0, **arguments):
         batches.close()
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_read_episodes(directory):
     episodes = datasets.read_episodes(directory)
     assert [len(episode.is_first) for episode in episodes] == list(LENGTHS)
     written = make_episode(2, LENGTHS[2]).steps
-    assert_equal(episodes[2], jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, written))
+    helpers.assert_equal(
+        episodes[2], jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, written)
+    )
     dtypes = {str(x.dtype) for x in jax.tree.leaves(episodes[2])}
     assert dtypes == {"uint8", "float32", "int32", "bool"}
     assert len(datasets.read_episodes(directory, "validation")) == 1
@@ -72,7 +70,7 @@ def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_s
         2: [14],
         6: [],
     }
-    assert_equal(attempts[2][0], datasets.read_episodes(directory)[2])
+    helpers.assert_equal(attempts[2][0], datasets.read_episodes(directory)[2])
     helpers.write_dataset(tmp_path, "training", {"train": [make_episode(0, 6)]})
     assert datasets.read_attempts(tmp_path, "validation", [0]) == {0: []}
 
@@ -94,14 +92,14 @@ def test_windows_lie_within_episodes_and_an_epoch_holds_each_once(directory):
 
 def test_both_cache_modes_give_the_same_batches(directory):
     for streamed, cached in zip(take(directory, 4, "none"), take(directory, 4, "memory"), strict=True):
-        assert_equal(streamed, cached)
+        helpers.assert_equal(streamed, cached)
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_a_batch_is_a_function_of_seed_and_step(directory, cache):
     batches = take(directory, 12, cache)  # more than one epoch
     for resumed, batch in zip(take(directory, 4, cache, start_step=8), batches[8:], strict=True):
-        assert_equal(resumed, batch)
+        helpers.assert_equal(resumed, batch)
     assert not all(
         (a.action == b.action).all() for a, b in zip(batches, take(directory, 12, cache, seed=1), strict=True)
     )
@@ -115,7 +113,9 @@ def test_position_of_the_iterator_continues_it(directory):
     continued = next(batches)
     assert batches.seconds_waiting > 0
     batches.close()
-    assert_equal(take(directory, 1, start_step=2, updates_per_dispatch=2)[0], jax.tree.map(np.asarray, continued))
+    helpers.assert_equal(
+        take(directory, 1, start_step=2, updates_per_dispatch=2)[0], jax.tree.map(np.asarray, continued)
+    )
 
 
 def test_many_updates_of_a_dispatch_are_the_single_ones(directory):
@@ -123,7 +123,7 @@ def test_many_updates_of_a_dispatch_are_the_single_ones(directory):
     for dispatch, batch in enumerate(take(directory, 2, updates_per_dispatch=3)):
         assert batch.observation.rgb_static.shape == (1, 3, 4, T, 64, 64, 3)
         for n in range(3):
-            assert_equal(jax.tree.map(lambda x, n=n: x[:, n : n + 1], batch), single[3 * dispatch + n])
+            helpers.assert_equal(jax.tree.map(lambda x, n=n: x[:, n : n + 1], batch), single[3 * dispatch + n])
 
 
 def test_devices_and_processes_take_disjoint_parts_of_each_update():
@@ -139,7 +139,7 @@ def test_devices_and_processes_take_disjoint_parts_of_each_update():
 def test_processes_load_disjoint_windows(directory):
     parts = [take(directory, 1, process_index=i, process_count=2)[0] for i in range(2)]
     (whole,) = take(directory, 1)
-    assert_equal(jax.tree.map(lambda a, b: np.concatenate([a, b], axis=2), *parts), whole)
+    helpers.assert_equal(jax.tree.map(lambda a, b: np.concatenate([a, b], axis=2), *parts), whole)
 
 
 def test_images_of_another_size_are_averaged_down(tmp_path):
@@ -194,6 +194,35 @@ def test_a_damaged_or_missing_shard_is_named(tmp_path):
     (tmp_path / "features.json").unlink()
     with pytest.raises(ValueError, match="metadata cannot be read .*; write the dataset again"):
         datasets.read_episodes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset_info.json", "", "dataset_info.json is damaged .*; delete it, and run the command that wrote"),
+        ("dataset_info.json", "{}", "dataset_info.json is damaged .*KeyError: 'splits'"),
+        ("dataset_info.json", "[]", "dataset_info.json is damaged .*TypeError"),
+        ("metadata.json", "", "its metadata cannot be read .*; write the dataset again"),
+    ],
+)
+def test_damaged_metadata_is_named(tmp_path, file, content, message):
+    helpers.write_dataset(tmp_path, "whole", {"train": [make_episode(0, 6)]})
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        input_pipeline.make_batches(tmp_path, "train", 4, T, 0)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_shard_damaged_inside_is_named(tmp_path, cache):
+    helpers.write_dataset(tmp_path, "whole", {"train": [make_episode(0, 20)]})
+    (shard,) = tmp_path.glob("*.array_record-*")
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(100)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}: episode 0 of 'train' cannot be read .*write it again"):
+        take(tmp_path, 1, cache=cache)
 
 
 def test_closing_ends_every_thread(directory):

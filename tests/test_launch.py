@@ -10,7 +10,7 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import collect_playtable, launch, reproduce
+from experiments import collect_playtable, launch, reproduce, train_world_model
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,16 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("ppo.batch_size", 0, "config.ppo.batch_size=0; expected 1 or more"),
         ("evaluation.max_steps", 70, "config.evaluation.max_steps=70 .*multiple of config.policy.chunk=4.*; take 72"),
         ("method", "dreamer_v2", "config.world_model.action_weight=1000.0 with method 'dreamer_v2'"),
-        ("world_model.open_loop_steps", 9, "open_loop_steps=9 exceeds window_length=8"),
+        ("world_model.open_loop_steps", 9, "open_loop_steps=9; expected 2 to window_length=8"),
+        ("world_model.open_loop_steps", 1, "open_loop_steps=1; expected 2 to window_length=8"),
+        ("world_model.window_length", 1, "config.world_model.window_length=1; expected 2 or more"),
+        ("policy.time_dim", 2, "config.policy.time_dim=2; expected 4 or more"),
+        ("policy.time_dim", 7, "config.policy.time_dim=7 is odd"),
+        ("ppo.clip_rate", 0.0, "config.ppo.clip_rate=0.0; expected a number above 0"),
+        ("reward.embedding_dims", (5.5,), "config.reward.embedding_dims=.*; expected one size or more"),
+        ("reward.classification_dims", ("a",), "config.reward.classification_dims=.*; expected one size or more"),
+        ("seed", 10**20, "config.seed=1000.*; expected 0 or more, at most 2147482648"),
+        ("method", "abc", "config.method='abc'; expected one of wam, dreamer_v2"),
         ("world_model.window_length", 500, "window_length=500 is longer than .*play_steps=400"),
         ("dataset.cache", "disk", "config.dataset.cache='disk'; expected one of none, memory"),
         ("dataset.play", "nowhere", "dataset directory nowhere does not exist"),
@@ -154,6 +163,36 @@ def test_a_damaged_config_is_named(tmp_path):
         launch.prepare(helpers.make_config(), str(tmp_path))
 
 
+def write_old_config(workdir, change):
+    """The config.json of a run that another version has made."""
+    launch.prepare(helpers.make_config(), str(workdir))
+    (workdir / "metrics.jsonl").write_text("")
+    old = json.loads((workdir / "config.json").read_text())
+    change(old)
+    (workdir / "config.json").write_text(json.dumps(old))
+
+
+def test_an_option_that_came_later_is_as_if_it_stood_at_its_default(tmp_path):
+    write_old_config(tmp_path, lambda old: old["ppo"].pop("min_advantage_std"))
+    with pytest.raises(ValueError, match="with config.ppo.min_advantage_std=0.0, not 2.0; use another --workdir"):
+        launch.prepare(change("ppo.min_advantage_std", 2.0), str(tmp_path))
+    launch.prepare(change("ppo.min_advantage_std", 0.0), str(tmp_path))
+
+
+def test_an_option_that_has_gone_is_named(tmp_path):
+    write_old_config(tmp_path, lambda old: old["ppo"].update(entropy_weight=0.1))
+    with pytest.raises(ValueError, match="another version, with config.ppo.entropy_weight=0.1.*does not know; use"):
+        launch.prepare(helpers.make_config(), str(tmp_path))
+
+
+def test_a_mistake_that_is_found_late_leaves_its_mend_possible(tmp_path):
+    """A dataset that cannot be opened must not make the workdir one of another config."""
+    config = launch.prepare(helpers.make_config(), str(tmp_path))
+    with pytest.raises(ValueError, match=f"dataset directory {tmp_path}/data/playtable_play does not exist"):
+        train_world_model.run(config, str(tmp_path))
+    launch.prepare(change("dataset.play_steps", 200), str(tmp_path))
+
+
 def test_all_differences_are_counted(tmp_path):
     launch.prepare(helpers.make_config(), str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("")
@@ -165,7 +204,9 @@ def test_what_does_not_change_the_files_may_change(tmp_path):
     launch.prepare(helpers.make_config(), str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("")
     config = helpers.make_config()
-    for path, value in (("evaluation.num_episodes", 3), ("world_model.save_every", 8), ("policy.save_every", 1)):
+    free = {"evaluation.num_episodes": 3, "world_model.save_every": 8, "policy.save_every": 1, "num_devices": 0}
+    free |= {"dataset.cache": "none", "ppo.updates_per_call": 1}
+    for path, value in free.items():
         change(path, value, config)
     launch.prepare(config, str(tmp_path))
     with open(tmp_path / "config.json") as file:
@@ -203,17 +244,16 @@ def test_programs_are_cached_where_the_environment_says(tmp_path, monkeypatch, u
 
 
 def test_datasets_are_the_configs_or_the_workdirs():
-    assert launch.dataset_directories(FrozenConfigDict(helpers.make_config()), "run") == (
-        f"run/data/{launch.PLAY}", f"run/data/{launch.DEMONSTRATIONS}",
-    )  # fmt: skip
     config = FrozenConfigDict(change("dataset.play", "elsewhere"))
-    assert launch.dataset_directories(config, "run") == ("elsewhere", f"run/data/{launch.DEMONSTRATIONS}")
+    assert launch.play_directory(config, "run") == "elsewhere"
+    assert launch.demonstration_directory(config, "run") == f"run/data/{launch.DEMONSTRATIONS}"
 
 
 def test_recorded_data_is_not_collected_and_a_simulator_without_assets_refused(tmp_path):
     config = FrozenConfigDict(change("environment", "calvin"))
-    with pytest.raises(ValueError, match="config.dataset.play is empty, .* --config.dataset.play=DIR"):
-        collect_playtable.run(config, str(tmp_path))
+    for binary in (collect_playtable, train_world_model):
+        with pytest.raises(ValueError, match="config.dataset.play is empty, .* --config.dataset.play=DIR"):
+            binary.run(config, str(tmp_path))
     with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         reproduce.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -225,7 +265,10 @@ QUICKSTART = "--config=experiments/configs/quickstart.py"
 MISTAKES = {
     "value": ([QUICKSTART, "--config.world_model.batch_size=abc"], "config.world_model.batch_size"),
     "key": ([QUICKSTART, "--config.world_model.no_such=1"], "config.world_model.no_such"),
+    "key of a value": ([QUICKSTART, "--config.environment.x=1"], "--config.environment.x: the config has no such key"),
     "file": (["--config=experiments/configs/missing.py"], "experiments/configs/missing.py"),
+    "no Python": (["--config=README.md"], "--config names could not be loaded (SyntaxError"),
+    "no config": (["--config=wam_jax/specs.py"], "--config names could not be loaded (AttributeError"),
     "file and key": (["--config=experiments/configs/missing.py", "--config.seed=1"], "experiments/configs/missing.py"),
     "method": (["--config=experiments/configs/quickstart.py:dreamer"], "unknown method 'dreamer'"),
     "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),

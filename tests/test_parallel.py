@@ -56,7 +56,7 @@ def all_devices_equal(tree):
 # --- Checks that run under eight devices ---
 
 
-def check_world_model_update_is_the_same_on_1_4_and_8_devices():
+def check_world_model_update_is_the_same_on_1_and_8_devices():
     # With this epsilon an AdamW step is proportional to the gradient: rounding is not blown up to the learning rate.
     model = helpers.make_model(adam_epsilon=1.0, open_loop_weight=0.0, proprioception_weight=0.0)
     update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
@@ -64,19 +64,18 @@ def check_world_model_update_is_the_same_on_1_4_and_8_devices():
     batch = helpers.make_steps(shape=(2, 8, 6))  # two updates of 8 windows
     results = []
     with mock.patch.object(world_model, "sample_stochastic", helpers.sample_mode):
-        for num_devices in (1, 4, 8):
+        for num_devices in (1, 8):
             devices = parallel.local_devices(num_devices)
             parts = jax.tree.map(lambda x: x.reshape(2, len(devices), -1, *x.shape[2:]).swapaxes(0, 1), batch)  # noqa: B023
             run = parallel.compile_updates(update, devices)
             state, metrics = run(parallel.replicate(start, devices), parts, 0, 0)
             assert all(x.shape == (num_devices, 2) for x in metrics.values())
             results.append(jax.device_get((parallel.unreplicate(state), jax.tree.map(lambda x: x[0], metrics))))
-    (one, one_metrics), *others = results
+    (one, one_metrics), (eight, eight_metrics) = results
     moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), one.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
-    for state, metrics in others:
-        helpers.assert_close(metrics, one_metrics, rtol=1e-3)
-        helpers.assert_close(state.params, one.params, rtol=0, atol=1e-6)
+    helpers.assert_close(eight_metrics, one_metrics, rtol=1e-3)
+    helpers.assert_close(eight.params, one.params, rtol=0, atol=1e-6)
 
 
 def check_noise_differs_between_devices_and_steps_and_repeats():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from wam_jax import diffusion_policy, imagination, ppo
 from wam_jax.imagination import ImaginationInputs
@@ -94,9 +95,9 @@ def make_inputs(goal=1.0):
 
 
 @functools.cache
-def make_decisions():
+def make_decisions(**changes):
     """Decisions of one collection, some of them after the end of their episode."""
-    settings = make_settings()
+    settings = make_settings(**changes)
 
     @jax.jit
     def collect(state, inputs, rng):
@@ -190,6 +191,15 @@ def test_advantages_are_normalised_over_valid_decisions():
     np.testing.assert_allclose([advantage.mean(), advantage.std(ddof=1)], [0, 1], atol=1e-4)
 
 
+def test_advantages_are_divided_by_a_floor_where_they_vary_less():
+    free, low, high, higher = (make_decisions(min_advantage_std=floor) for floor in (0.0, 1e-3, 10.0, 20.0))
+    np.testing.assert_array_equal(low.advantage, free.advantage)
+    assert np.std(high.advantage[high.valid]) < 0.5
+    np.testing.assert_allclose(high.advantage, 2 * higher.advantage, rtol=1e-5)
+    quotient = np.asarray(high.advantage / free.advantage)
+    np.testing.assert_allclose(quotient, quotient[0], rtol=1e-3)
+
+
 def test_regulariser_pulls_towards_the_base_policy():
     state = make_state()
     decisions = jax.tree.map(lambda x: x[:64], make_decisions())
@@ -207,7 +217,7 @@ def test_updates_stop_once_the_kl_exceeds_its_target():
     settings = make_settings(target_kl=-1.0, epochs=2, batch_size=80, critic_warmup=0)
     update = functools.partial(ppo.update, policy_settings=POLICY_SETTINGS, settings=settings)
     state, metrics = jax.jit(update)(make_state(), make_decisions(), make_policy(), jax.random.key(0))
-    assert int(metrics["gradient_steps"]) == int(state.critic_optimizer_state[0].count) == 1
+    assert int(metrics["gradient_steps"]) == int(optax.tree_utils.tree_get(state.critic_optimizer_state, "count")) == 1
 
 
 def test_minibatches_cover_distinct_decisions_and_drop_the_remainder():

@@ -87,6 +87,16 @@ def test_rerun_keeps_complete_shards_and_writes_the_missing_one(tmp_path):
     assert len(tfds.builder_from_directory(tmp_path).as_data_source("train")) == 5
 
 
+def test_every_process_writes_the_same_bytes(tmp_path):
+    """The maps of a tf.Example come in another order in each process, unless told otherwise."""
+    write(tmp_path / "here", [make_episode()])
+    code = "import sys; import test_rlds; test_rlds.write(sys.argv[1], [test_rlds.make_episode()])"
+    done = helpers.run_python("-c", code, str(tmp_path / "there"), PYTHONPATH=str(helpers.ROOT / "tests"))
+    assert done.returncode == 0, done.stderr
+    here, there = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "there"))
+    assert here == there
+
+
 def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
     def broken():
         yield make_episode()

@@ -95,8 +95,8 @@ def test_balanced_rows_are_half_successes_and_cover_each_class():
 
 
 def test_user_mistakes_are_named():
-    with pytest.raises(ValueError, match="label 1"):
-        success_classifier.check_labels(np.zeros(5, np.int32))
+    with pytest.raises(ValueError, match="open_drawer: none of the 5 rows has label 1"):
+        success_classifier.check_labels(np.zeros(5, np.int32), task="open_drawer")
     with pytest.raises(ValueError, match="batch_size=7"):
         success_classifier.balanced_indices(jax.random.key(0), jnp.asarray([0, 1]), 7)
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from experiments import print_table
 from wam_jax import specs, tables
 
 
@@ -64,6 +65,29 @@ def test_seeds_of_a_cell_are_pooled():
 def test_the_mean_counts_every_task_alike():
     rows = [make_row(successes=1, episodes=1, imagined_success=1.0), make_row("turn_on_led", successes=0, episodes=99)]
     assert lines(rows)["**mean**"] == ["**50.0** (100)"]
+
+
+def test_a_column_that_lacks_a_task_has_no_mean():
+    rows = [make_row(), make_row("turn_on_led"), make_row("turn_on_led", stage="ppo")]
+    assert lines(rows)["**mean**"] == ["**80.0**", ""]
+
+
+def test_no_episode_counts_twice():
+    with pytest.raises(ValueError, match="two rows for playtable: wam bc, open_drawer, seed 3"):
+        tables.markdown([make_row(seed=3), make_row(seed=3)])
+
+
+def test_runs_of_one_method_stand_apart_unless_their_seeds_are_pooled():
+    runs = {"a": [make_row(successes=3)], "b": [make_row(successes=8, seed=1)]}
+    apart = lines(print_table.combine(runs, pool_seeds=False))
+    assert apart["task"] == ["a, playtable: wam bc", "b, playtable: wam bc"]
+    assert [cell.split()[0] for cell in apart["open drawer"]] == ["30.0", "80.0"]
+    pooled = lines(print_table.combine(runs, pool_seeds=True))
+    assert (pooled["task"], pooled["open drawer"][0].split()[0]) == (["playtable: wam bc"], "55.0")
+    methods = {"a": [make_row()], "b": [make_row(method="dreamer_v2")]}
+    assert lines(print_table.combine(methods, pool_seeds=False))["task"] == [
+        "playtable: dreamer_v2 bc", "playtable: wam bc",
+    ]  # fmt: skip
 
 
 def test_methods_stand_side_by_side():

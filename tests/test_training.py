@@ -295,6 +295,25 @@ def test_a_row_is_the_mean_of_its_updates(tmp_path):
     assert (tmp_path / "tensorboard" / "toy").is_dir()
 
 
+def test_seconds_go_on_after_a_resume(tmp_path):
+    fit(tmp_path, 8)
+    path = tmp_path / "metrics.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"seconds": 100.0 + row["step"]}) + "\n" for row in old))
+    fit(tmp_path, 12)
+    seconds = {row["step"]: row["seconds"] for row in metrics.read(str(tmp_path), "toy")}
+    assert 108 < seconds[10] <= seconds[12] < 208
+
+
+def test_missing_data_leave_no_file_behind(tmp_path):
+    def make_batches(first_step):
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data"):
+        fit(tmp_path, 8, make_batches=make_batches)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_half_written_row_costs_no_other_row(tmp_path):
     fit(tmp_path, 4)
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -18,13 +18,12 @@ from wam_jax import rlds, specs
 from wam_jax.types import Observation, StepBatch
 
 
-def read_episodes(directory: str | Path, split: str = "train", progress: bool = True) -> list[StepBatch]:
+def read_episodes(directory: str | Path, split: str = "train") -> list[StepBatch]:
     """Decodes all episodes of a split into memory.
 
     Args:
       directory: a dataset as `rlds.py` writes it.
       split: "train" or "validation".
-      progress: shows a progress bar on a terminal.
 
     Returns:
       for each episode its steps, numpy [T, ...], with the dtypes and image size that types.py states.
@@ -32,15 +31,15 @@ def read_episodes(directory: str | Path, split: str = "train", progress: bool = 
     Raises:
       ValueError: no complete dataset there, or no such split.
     """
-    source = open_source(open_builder(directory, split), split)
+    source = Episodes(open_builder(directory, split), split)
     with ThreadPoolExecutor(num_threads()) as pool:
-        episodes = pool.map(lambda i: decode(source[i]["steps"]), range(len(source)))
-        bar = tqdm(episodes, f"reading {split}", len(source), unit="episode", disable=None if progress else True)
+        episodes = pool.map(lambda i: decode(source.steps(i)), range(len(source)))
+        bar = tqdm(episodes, f"reading {split}", len(source), unit="episode", disable=None)
         return list(bar)
 
 
 def read_attempts(
-    directory: str | Path, split: str, tasks: Sequence[int], *, min_steps: int = 8, progress: bool = True
+    directory: str | Path, split: str, tasks: Sequence[int], *, min_steps: int = 8
 ) -> dict[int, list[StepBatch]]:
     """Decodes the annotated attempts at some tasks, successes and failures, and nothing else of a split of play.
 
@@ -51,7 +50,6 @@ def read_attempts(
       split: "train" or "validation".
       tasks: indices into specs.TASKS.
       min_steps: shorter attempts are left out.
-      progress: shows a progress bar on a terminal.
 
     Returns:
       for each task its attempts, numpy [T, ...] each; none where the dataset has no such split.
@@ -62,19 +60,18 @@ def read_attempts(
     builder = open_builder(directory)
     if split not in builder.info.splits:
         return {task: [] for task in tasks}
-    source = open_source(builder, split)
+    source = Episodes(builder, split)
 
     def cut(index):
-        steps = source[index]["steps"]
+        steps = source.steps(index)
         spans = attempt_spans(_task_indices(steps["task"]), tasks, min_steps=min_steps)
         return [(task, decode(steps, span)) for task, span in spans]
 
     attempts: dict[int, list[StepBatch]] = {task: [] for task in tasks}
     with ThreadPoolExecutor(num_threads()) as pool:
         found = pool.map(cut, range(len(source)))
-        hidden = None if progress else True
         for task, steps in itertools.chain.from_iterable(
-            tqdm(found, f"attempts in {split}", len(source), unit="episode", disable=hidden)
+            tqdm(found, f"attempts in {split}", len(source), unit="episode", disable=None)
         ):
             attempts[task].append(steps)
     return attempts
@@ -110,8 +107,8 @@ def episode_tasks(directory: str | Path, split: str = "train") -> list[int]:
     Raises:
       ValueError: no complete dataset there, or no such split.
     """
-    source = open_source(open_builder(directory, split), split)
-    return [int(_task_indices(source[i]["steps"]["task"][:1])[0]) for i in range(len(source))]
+    source = Episodes(open_builder(directory, split), split)
+    return [int(_task_indices(source.steps(i)["task"][:1])[0]) for i in range(len(source))]
 
 
 def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.DatasetBuilder:
@@ -125,17 +122,18 @@ def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.D
         raise ValueError(
             f"dataset directory {directory} does not exist; check the path, or collect or convert data there"
         )
-    if not (directory / "dataset_info.json").exists():
+    if not (directory / rlds.INFO_FILE).exists():
         half = any(directory.glob("*.array_record-*"))
         mend = (
-            "is half-written (shards, no dataset_info.json); run the command that wrote it again"
+            f"is half-written (shards, no {rlds.INFO_FILE}); run the command that wrote it again"
             if half
-            else ("holds no dataset (no dataset_info.json); give the directory with the shards")
+            else (f"holds no dataset (no {rlds.INFO_FILE}); give the directory with the shards")
         )
         raise ValueError(f"{directory} {mend}")
     rlds.check_shards(directory)
     try:
         builder = tfds.builder_from_directory(directory)
+        _ = builder.info.metadata  # read only now
     except Exception as error:  # of TFDS, its protobufs or its features, about damaged metadata
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: its metadata cannot be read ({reason}); write the dataset again") from error
@@ -144,9 +142,31 @@ def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.D
     return builder
 
 
-def open_source(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict]:
+class Episodes:
     """The episodes of a split by number, their steps still serialized."""
-    return builder.as_data_source(split, decoders={"steps": tfds.decode.SkipDecoding()})
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        """Opens the split's shards; a dataset from `open_builder`."""
+        self._directory, self._split = builder.data_dir, split
+        self._source = builder.as_data_source(split, decoders={"steps": tfds.decode.SkipDecoding()})
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def steps(self, index: int) -> dict:
+        """The steps of one episode.
+
+        Raises:
+          ValueError: the shard that holds it is damaged.
+        """
+        try:
+            return self._source[index]["steps"]
+        except Exception as error:  # of ArrayRecord, protobuf or TFDS
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self._directory}: episode {index} of {self._split!r} cannot be read ({reason}); delete the dataset "
+                "and write it again"
+            ) from error
 
 
 def decode(steps: dict, span: slice = slice(None)) -> StepBatch:

@@ -23,7 +23,7 @@ from wam_jax import diffusion_policy
 from wam_jax.networks import rssm
 from wam_jax.types import Array, LatentState, Params
 
-# (world_model_params, latent [B, ...], action [B, 7], rng) -> latent: one step of the prior, z sampled.
+# (world_model_params, latent [B, ...], action [B, 7], rng) -> latent: one step of the prior, z sampled or expected.
 ImagineStep = Callable[[Params, LatentState, Array, Array], LatentState]
 # (reward_params, feature [B, state_dim], count int32 [B]) -> (success bool [B], count): see success_classifier.
 RewardRule = Callable[[Params, Array, Array], tuple[Array, Array]]

@@ -23,11 +23,11 @@ class StreamingStore:
     """Reads a window's episode from disk at every access, and decodes the images of the window alone."""
 
     def __init__(self, directory: str | Path, split: str):
-        self._source = datasets.open_source(datasets.open_builder(directory, split), split)
+        self._source = datasets.Episodes(datasets.open_builder(directory, split), split)
 
     def window(self, episode: int, start: int, length: int) -> StepBatch:
         """Returns `length` steps of an episode from step `start` on, numpy [length, ...]."""
-        return datasets.decode(self._source[episode]["steps"], slice(start, start + length))
+        return datasets.decode(self._source.steps(episode), slice(start, start + length))
 
 
 class MemoryStore:

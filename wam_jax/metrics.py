@@ -43,13 +43,14 @@ class MetricsWriter:
     """Appends one stage's scalars to `workdir/metrics.jsonl` and to TensorBoard."""
 
     def __init__(self, workdir: str, stage: str, *, first_step: int = 0):
-        """Opens the files; rows of this stage from `first_step` on (of a run that was cut off) are dropped."""
+        """Opens the files; rows of this stage after `first_step` (of a run that was cut off) are dropped."""
         self._stage = stage
         self._path = os.path.join(workdir, "metrics.jsonl")
         os.makedirs(workdir, exist_ok=True)
-        _drop_rows(self._path, stage, first_step)
+        kept = _drop_rows(self._path, stage, first_step)
+        self.last_row: Mapping[str, float] = kept[-1] if kept else {}  # of this stage, before this run
         self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard", stage), purge_step=first_step)
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard", stage), purge_step=first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one row: after `step` updates, the scalars had these values."""
@@ -78,16 +79,20 @@ def _rows(path: str) -> list[dict]:
     with open(path) as file:
         for line in file:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:  # the last line of a killed run
                 continue
+            if isinstance(row, dict) and {"stage", "step"} <= set(row):
+                rows.append(row)
     return rows
 
 
-def _drop_rows(path: str, stage: str, first_step: int) -> None:
+def _drop_rows(path: str, stage: str, first_step: int) -> list[dict]:
+    """Drops a stage's rows after a step; returns those that are left."""
     if not os.path.exists(path):
-        return
+        return []
     kept = [row for row in _rows(path) if row["stage"] != stage or row["step"] <= first_step]
     with open(path + ".tmp", "w") as file:  # always anew: a killed run's half line must not swallow the next row
         file.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(path + ".tmp", path)
+    return [row for row in kept if row["stage"] == stage]

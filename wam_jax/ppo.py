@@ -11,8 +11,7 @@ Keys of `settings` (the papers' values), besides those of imagination.py:
     actor_learning_rate 1e-5, critic_learning_rate 1e-3, weight_decay 0.0
     actor_max_gradient_norm inf (no clipping)
     min_advantage_std 0.0: advantages (in scaled reward) are divided by their standard deviation, or by this if more.
-        Where every rollout succeeds, they are the critic's errors; blown up to unit variance they only push the actor
-        about, and with a floor the BC regulariser holds it
+        Where nearly every rollout succeeds, advantages are the critic's errors (docs/results/playtable measures it)
     epochs 10, batch_size 7500 (decisions per device and gradient step; all of them where there are fewer)
     critic_warmup 2 (iterations in which only the critic learns), reward_clip 10.0
 
@@ -335,6 +334,7 @@ def prepare(
         "imagined_success": pmean(imagination.success_rate(episodes), axis_name),
         "reward": valid_moments(episodes.reward, episodes.valid, axis_name)[0],
         "valid_decisions": count,
+        "advantage_std": jnp.sqrt(variance),
         "explained_variance": 1 - variance / jnp.maximum(target_variance, 1e-8),
     }
     return decisions, scale, metrics

@@ -23,15 +23,14 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from wam_jax import json_files, specs
 from wam_jax.types import StepBatch
 
 INFO_FILE = "dataset_info.json"  # of TFDS; written last, so a directory that has it is complete
 PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
-EPISODE_LENGTHS = (
-    "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, read by the input pipeline
-)
+EPISODE_LENGTHS = "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, for the input pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,17 +158,22 @@ def check_shards(directory: str | Path) -> None:
       ValueError: a file is missing or of another size, named.
     """
     directory = Path(directory)
-    mend = f"delete it and {INFO_FILE}, and run the command that wrote the dataset again"
+    mend = "delete it, and run the command that wrote the dataset again"
     info = json_files.read(directory / INFO_FILE, mend)
-    for split in info["splits"]:
-        name, num_shards = split["name"], len(split["shardLengths"])
-        paths = [shard_path(directory, info["name"], name, i, num_shards) for i in range(num_shards)]
+    try:
+        splits = [(split["name"], len(split["shardLengths"]), int(split["numBytes"])) for split in info["splits"]]
+        name_of_dataset = info["name"]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory / INFO_FILE} is damaged ({reason}); {mend}") from error
+    for name, num_shards, expected in splits:
+        paths = [shard_path(directory, name_of_dataset, name, i, num_shards) for i in range(num_shards)]
         for path in paths:
             if not path.exists():
                 raise ValueError(
                     f"{path} is missing; delete {INFO_FILE} there, and run the command that wrote it again"
                 )
-        found, expected = sum(path.stat().st_size for path in paths), int(split["numBytes"])
+        found = sum(path.stat().st_size for path in paths)
         if found != expected:
             smallest = min(paths, key=lambda path: path.stat().st_size)
             raise ValueError(
@@ -277,11 +281,13 @@ def encode_png(image: np.ndarray) -> bytes:
 def _write_records(path: Path, spec: DatasetSpec, episodes: Iterable[Episode]) -> list[int]:
     lengths = []
     shard_features = features(spec)
+    serializer = ExampleSerializer(shard_features.get_serialized_info())
     writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
     try:
         for episode in episodes:
             check_episode(episode, spec)
-            writer.write(shard_features.serialize_example(_to_example(episode)))
+            example = serializer.get_tf_example(shard_features.encode_example(_to_example(episode)))
+            writer.write(example.SerializeToString(deterministic=True))  # the same bytes whenever it is written
             lengths.append(len(episode.steps.is_first))
     finally:
         writer.close()

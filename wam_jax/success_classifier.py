@@ -168,13 +168,13 @@ def balanced_indices(rng: Array, label: Array, batch_size: int) -> Array:
     return jnp.concatenate([draw(rng_success, label == 1), draw(rng_failure, label == 0)])
 
 
-def check_labels(label: Array) -> None:
-    """Raises a ValueError where a bank lacks one of the two classes; for the host, before training."""
+def check_labels(label: Array, *, task: str) -> None:
+    """Raises a ValueError where the bank of a task lacks one of the two classes; for the host, before training."""
     for value, name in ((1, "success"), (0, "failure")):
         if not (label == value).any():
             raise ValueError(
-                f"none of the {len(label)} rows has label {value} ({name}); the classifier needs both: add episodes "
-                "that reach the task's end and frames from before it"
+                f"{task}: none of the {len(label)} rows has label {value} ({name}); the classifier needs both: add "
+                "episodes that reach the end of the task and frames from before it"
             )
 
 

@@ -79,10 +79,19 @@ def load(path: str) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table: a line per task, a column per (environment, method, stage), and the mean of the tasks.
+    """A Markdown table: a line per task, a column per (environment, method, stage), and the mean of complete columns.
 
     Several seeds of one cell are pooled: their successes and episodes are added up.
+
+    Raises:
+      ValueError: two rows are the same evaluation, which would count its episodes twice.
     """
+    seen = set()
+    for row in rows:
+        key = (*_column(row), row.task, row.seed)
+        if key in seen:
+            raise ValueError(f"two rows for {_title(_column(row))}, {row.task}, seed {row.seed}; give each once")
+        seen.add(key)
     columns = sorted({_column(row) for row in rows}, key=lambda c: (c[0], STAGES.index(c[2]), c[1]))
     tasks = [task for task in TASKS if any(row.task == task for row in rows)]
     cells = {(task, column): _pool(rows, task, column) for task in tasks for column in columns}
@@ -126,7 +135,8 @@ def _cell(pool) -> str:
 
 
 def _mean(pools) -> str:
-    pools = [pool for pool in pools if pool]
+    if not all(pools):  # a mean over other tasks than the column beside it would mislead
+        return ""
     imagined = [pool[2] for pool in pools if pool[2] is not None]
     text = f"**{100 * sum(pool[0] / pool[1] for pool in pools) / len(pools):.1f}**"
     return f"{text} ({100 * sum(imagined) / len(imagined):.0f})" if imagined else text

@@ -5,8 +5,8 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -135,25 +135,26 @@ def fit(
                 f"{stage} goes on from step {step} of {num_steps}: the {num_steps - step} that are left are not "
                 f"divisible by updates_per_call={updates_per_call}; take the value that the run began with"
             )
+        batches = make_batches(step)  # first: data that are missing leave nothing behind
+        stack.callback(getattr(batches, "close", lambda: None))  # ends the loader's threads
         state = parallel.replicate(state, devices)
         writer = stack.enter_context(contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step)))
-        batches = make_batches(step)
-        stack.callback(getattr(batches, "close", lambda: None))  # ends the loader's threads
         progress = stack.enter_context(tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05))
-        pending, last_saved, started = None, step, time.monotonic()
+        pending, last_saved = None, step
+        clock = _Clock(batches, time.monotonic(), writer.last_row)
         with Interruption() as interruption:
             while step < num_steps and not interruption.requested:
                 state, metrics = run(state, next(batches), seed, step)
                 if pending is not None:  # read one dispatch behind, so that the device never waits for the host
-                    _report(writer, progress, *pending, batches, started)
+                    _report(writer, progress, *pending, clock)
                 pending, step = (metrics, step), step + updates_per_call
                 if step - last_saved >= save_every and step < num_steps:
-                    _report(writer, progress, *pending, batches, started)  # checks it, and no row is lost with a kill
+                    _report(writer, progress, *pending, clock)  # checks it, and no row is lost with a kill
                     pending = None
                     checkpointer.save(step, parallel.unreplicate(state), settings)
                     last_saved = step
             if pending is not None:
-                _report(writer, progress, *pending, batches, started)
+                _report(writer, progress, *pending, clock)
             state = jax.device_get(parallel.unreplicate(state))
             checkpointer.save(step, state, settings)
             checkpointer.wait()
@@ -162,16 +163,25 @@ def fit(
     return state
 
 
-def _report(writer, progress, metrics, first_step, batches, started):
+class _Clock(NamedTuple):
+    """Seconds of a stage, over all runs that worked on it."""
+
+    batches: Any
+    started: float
+    last_row: Mapping[str, float]  # of the run before
+
+    def read(self) -> dict[str, float]:
+        waited = getattr(self.batches, "seconds_waiting", 0)
+        now = {"seconds": time.monotonic() - self.started, "seconds_waiting_for_data": waited}
+        return {name: value + self.last_row.get(name, 0) for name, value in now.items()}
+
+
+def _report(writer, progress, metrics, first_step, clock):
     values = metrics_lib.fetch(metrics)
     metrics_lib.check_finite(values, first_step)
     num_updates = len(next(iter(values.values())))
-    seconds = {
-        "seconds": time.monotonic() - started,
-        "seconds_waiting_for_data": getattr(batches, "seconds_waiting", 0),
-    }
     means = {name: value.mean() for name, value in values.items()}
-    writer.write(first_step + num_updates, means | seconds)
+    writer.write(first_step + num_updates, means | clock.read())
     progress.update(num_updates)
     shown = [name for name in SHOWN if name in means]
     progress.set_postfix({name: f"{means[name]:.4g}" for name in shown}, refresh=False)

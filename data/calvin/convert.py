@@ -77,7 +77,9 @@ def convert(
         "max_episode_steps": max_episode_steps,
         **{f"{split} frames": _digest(shards[split], folder) for split, folder in folders.items()},
     }
-    rlds.start_dataset(output, plan)
+    if rlds.start_dataset(output, plan):
+        print(f"{output} is complete already")
+        return
     jobs = [
         _Job(Path(output), spec, split, index, len(of_split), folders[split], tuple(shard), image_size)
         for split, of_split in shards.items()

@@ -138,7 +138,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "bc_weight": 0.025,  # WAM (DiWA: 0.05)
             "target_kl": 1.0,  # DPPO
             "reward_clip": 10.0,  # DPPO
-            "min_advantage_std": 0.0,  # ours; more keeps the actor still where imagination tells nothing
+            "min_advantage_std": 0.0,  # ours; 1.0 keeps the actor still where nearly all rollouts succeed
             "updates_per_call": 1,
             "save_every": 25,
         }

@@ -54,6 +54,6 @@ def get_config(method: str = "wam") -> ConfigDict:
         embedding_dims=(128, 128), classification_dims=(128, 128), consecutive=4, num_steps=1000, save_every=1000
     )
     config.ppo.update(
-        num_iterations=50, num_rollouts=48, epochs=5, max_start_step=8, actor_learning_rate=1e-4, save_every=10
+        num_iterations=50, num_rollouts=48, epochs=5, max_start_step=8, min_advantage_std=1.0, save_every=10
     )
     return config

@@ -3,10 +3,11 @@
 Command: make quickstart
 Minutes and scores to expect: docs/results/quickstart/.
 Not the paper's setting. Smaller: patches instead of convolutions, a small RSSM, narrow policy and classifier, short
-training with a decaying learning rate. Options that the paper does not have: a proprioception decoder, a multi-step
-open-loop loss, expected z in place of samples (`soft_prior` in imagination, `soft_feature` for policy, reward and
-critic), features standardised for the policy, reward only after four positive frames in a row, imagination from the
-first nine frames of a demonstration, a floor under the spread that advantages are divided by. The KL weighs 1, not 3.
+training at larger, decaying learning rates. Options that the paper does not have: a proprioception decoder, a
+multi-step open-loop loss, expected z in place of samples (`soft_prior` in imagination, `soft_feature` for policy,
+reward and critic), features standardised for the policy, reward only after four positive frames in a row, imagination
+from the first nine frames of a demonstration, a floor under the spread that advantages are divided by. The KL weighs
+1, not 3.
 """
 
 from ml_collections import ConfigDict

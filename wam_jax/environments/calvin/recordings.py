@@ -26,6 +26,9 @@ class Recording:
     rgb_gripper: np.ndarray  # uint8 [n, G, G, 3]
 
 
+_DTYPES = {"frame_steps": np.int64, "rgb_static": np.uint8, "rgb_gripper": np.uint8}  # others: float64
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """What a comparison found."""
@@ -41,23 +44,26 @@ def load(path: str) -> Recording:
     """Reads a recording.
 
     Raises:
-      ValueError: the file cannot be read, lacks an array or holds one of another shape.
+      ValueError: the file cannot be read, lacks an array or holds one of another shape or type.
     """
     names = [field.name for field in dataclasses.fields(Recording)]
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is a single array; expected an npz of several")
+        with file:
             missing = [name for name in names if name not in file]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)}")
             recording = Recording(**{name: file[name] for name in names})
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read the recording {path}: {error}") from error
     _check(path, recording)
     return recording
 
 
 def _check(path: str, recording: Recording) -> None:
-    steps, frames = len(recording.actions), len(recording.frame_steps)
+    steps, frames = (len(np.atleast_1d(array)) for array in (recording.actions, recording.frame_steps))
     expected: dict[str, tuple[int, ...]] = {
         "reset_robot_obs": (15,),
         "reset_scene_obs": (24,),
@@ -65,14 +71,16 @@ def _check(path: str, recording: Recording) -> None:
         "robot_obs": (steps + 1, 15),
         "scene_obs": (steps + 1, 24),
         "frame_steps": (frames,),
-        "rgb_static": (frames, *recording.rgb_static.shape[1:2] * 2, 3),
-        "rgb_gripper": (frames, *recording.rgb_gripper.shape[1:2] * 2, 3),
+        "rgb_static": (frames, *(recording.rgb_static.shape[1:2] or (64,)) * 2, 3),
+        "rgb_gripper": (frames, *(recording.rgb_gripper.shape[1:2] or (64,)) * 2, 3),
     }
     for name, shape in expected.items():
-        found = getattr(recording, name).shape
-        if found != shape:
-            raise ValueError(f"{path}: {name} has shape {found}; expected {shape}")
-        if not np.isfinite(getattr(recording, name)).all():
+        array, dtype = getattr(recording, name), np.dtype(_DTYPES.get(name, np.float64))
+        if array.shape != shape:
+            raise ValueError(f"{path}: {name} has shape {array.shape}; expected {shape}")
+        if not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise ValueError(f"{path}: {name} is {array.dtype}; expected {dtype}")
+        if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} has entries that are not finite")
     if frames and not 0 <= recording.frame_steps.min() <= recording.frame_steps.max() <= steps:
         raise ValueError(f"{path}: frame_steps reach beyond the {steps + 1} states")

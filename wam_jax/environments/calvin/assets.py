@@ -4,14 +4,18 @@ import functools
 import hashlib
 import os
 import re
+import sys
 from typing import Any
 
 from wam_jax.environments.calvin import scene
 from wam_jax.environments.calvin.scene import Scene
 
-INSTALL = "pip install 'wam_jax[calvin]'"
+PYTHON = "it takes Python 3.10 or 3.11, where pybullet's wheels end, with numpy and pybullet (--calvin_python)"
+MEND = "give calvin_env's data/ or a folder laid out like it"
+UNKNOWN = "no version that was compared with the original"
 _REFERENCE = re.compile(r'filename="([^"]+)"')  # of a mesh in a URDF
-_LISTED = 8  # missing files named in an error
+_LISTED = 8  # files named in an error
+_POINTER = b"version https://git-lfs"
 _HEAD = 4096  # characters of an OBJ file that are read; its materials stand at the top
 _KNOWN = {  # digests of the files that recordings were compared with
     "7cd1c7434d4a": "calvin_env's, without the floor's texture",
@@ -27,9 +31,9 @@ class World:
         self._client = pybullet.connect(pybullet.DIRECT)
 
     def __getattr__(self, name: str) -> Any:
-        """A function bound to this world, or a constant."""
+        """A function bound to this world, a constant, or the class of pybullet's errors."""
         attribute = getattr(self._pybullet, name)
-        if callable(attribute):
+        if callable(attribute) and not isinstance(attribute, type):
             attribute = functools.partial(attribute, physicsClientId=self._client)
         setattr(self, name, attribute)
         return attribute
@@ -39,14 +43,20 @@ def load_pybullet() -> Any:
     """Imports pybullet.
 
     Raises:
-      ValueError: it is not installed.
+      ValueError: it is not installed, or broken.
     """
     stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it greets with its time of build
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)  # it greets with its time of build
     try:
         import pybullet
     except ImportError as error:
-        raise ValueError(f"CALVIN's simulator needs pybullet, which is not installed: {INSTALL}") from error
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == "pybullet"
+        what = "does not have" if is_absent else f"cannot import ({error})"
+        raise ValueError(
+            f"CALVIN's simulator needs pybullet, which {sys.executable} {what}: '{sys.executable} -m pip install "
+            f"pybullet', or name another Python; {PYTHON}"
+        ) from error
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -116,21 +126,43 @@ def check(directory: str, of: Scene) -> None:
     """Checks that everything a scene loads is there.
 
     Raises:
-      ValueError: the folder or files in it are missing; names them.
+      ValueError: the folder or files in it are missing, or files are empty of what they should hold; names them.
     """
     if not directory:
-        raise ValueError("no folder of CALVIN's assets given: --calvin_assets=DIR, calvin_env's data/ or one like it")
+        raise ValueError(
+            f"no folder of CALVIN's assets given: --calvin_assets=DIR (check_calvin: --assets=DIR); {MEND}"
+        )
     if not os.path.isdir(directory):
-        raise ValueError(
-            f"CALVIN's assets: {directory} is not a folder; give calvin_env's data/ or one laid out like it"
-        )
-    missing = [name for name in files(directory, of) if not exists(directory, name)]
+        raise ValueError(f"CALVIN's assets: {directory} is not a folder; {MEND}")
+    names = files(directory, of)
+    missing = [name for name in names if not exists(directory, name)]
     if missing:
-        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise ValueError(f"CALVIN's assets in {directory} lack {_list(missing)}; {MEND}")
+    pointers = [name for name in names if _is_pointer(directory, name)]
+    if pointers:
         raise ValueError(
-            f"CALVIN's assets in {directory} lack {', '.join(missing[:_LISTED])}{more}; give calvin_env's data/ (its "
-            "meshes are stored with git-lfs) or a folder laid out like it"
+            f"CALVIN's assets in {directory} hold git-lfs pointers in place of {_list(pointers)}; 'git lfs pull' there "
+            "fetches the files"
         )
+    empty = [name for name in names if name.endswith(".obj") and not _has_vertices(directory, name)]
+    if empty:
+        raise ValueError(f"CALVIN's assets in {directory} have no vertices in {_list(empty)}; {MEND}")
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _is_pointer(directory: str, name: str) -> bool:
+    """Whether a file only names what git-lfs would fetch."""
+    with open(path(directory, name), "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def _has_vertices(directory: str, name: str) -> bool:
+    with open(path(directory, name), "rb") as file:
+        return any(line.startswith(b"v ") for line in file)
 
 
 def check_links(bullet: Any, body: int, urdf: str, links: dict[int, str]) -> None:
@@ -146,7 +178,7 @@ def check_links(bullet: Any, body: int, urdf: str, links: dict[int, str]) -> Non
         if found.get(index) != name
     ]
     if wrong:
-        raise ValueError(f"{urdf} is of another version than calvin_env's: {'; '.join(wrong)}")
+        raise ValueError(f"{urdf} is of another version than calvin_env's: {'; '.join(wrong)}; {MEND}")
 
 
 def version_of(directory: str, of: Scene) -> str:
@@ -156,4 +188,4 @@ def version_of(directory: str, of: Scene) -> str:
         with open(path(directory, name), "rb") as file:
             total.update(name.encode() + hashlib.sha256(file.read()).digest())
     digest = total.hexdigest()[:12]
-    return f"{digest} ({_KNOWN.get(digest, 'no version that was compared with the original')})"
+    return f"{digest} ({_KNOWN.get(digest, UNKNOWN)})"

@@ -1,13 +1,17 @@
 """The two cameras, drawn by pybullet's software renderer (TinyRenderer), as the original draws them without a GPU."""
 
+import atexit
+import functools
 import os
+import shutil
 import struct
 import tempfile
+import zlib
 from typing import Any
 
 import numpy as np
 
-from wam_jax.environments.calvin import scene
+from wam_jax.environments.calvin import assets, scene
 
 RENDERER = "TinyRenderer"
 
@@ -31,20 +35,37 @@ def render(bullet: Any, view: tuple[float, ...], lens: scene.Lens, size: int) ->
     return np.asarray(pixels, np.uint8).reshape(size, size, 4)[..., :3]
 
 
-def paint_floor(bullet: Any, floor: int) -> None:
-    """Gives the floor the original's checkerboard where the assets lack its texture: the same pixels."""
+@functools.cache
+def floor_folder(directory: str) -> str:
+    """A folder with the floor: the assets, or a copy with the original's checkerboard where they lack its texture.
+
+    The copy lasts as long as the process. pybullet reads a texture that a file names once; every one that is loaded by
+    itself stays in memory.
+    """
+    if assets.exists(directory, scene.FLOOR_TEXTURE):
+        return directory
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    plane = os.path.dirname(scene.PLANE_URDF)
+    os.mkdir(os.path.join(folder, plane))
+    for entry in os.scandir(assets.path(directory, plane)):
+        if entry.is_file():
+            shutil.copyfile(entry.path, os.path.join(folder, plane, entry.name))
     cells = np.arange(scene.FLOOR_PIXELS) // (scene.FLOOR_PIXELS // scene.FLOOR_CELLS)
     gray = np.array(scene.FLOOR_GRAYS, np.uint8)[np.add.outer(cells, cells) % 2]
-    with tempfile.TemporaryDirectory() as folder:  # pybullet reads textures from files only
-        path = os.path.join(folder, "floor.bmp")
-        with open(path, "wb") as file:
-            file.write(_bmp(np.repeat(gray[..., None], 3, axis=-1)))
-        bullet.changeVisualShape(floor, -1, textureUniqueId=bullet.loadTexture(path))
+    with open(assets.path(folder, scene.FLOOR_TEXTURE), "wb") as file:
+        file.write(_png(gray))
+    return folder
 
 
-def _bmp(pixels: np.ndarray) -> bytes:
-    """An uncompressed 24-bit bitmap of gray pixels [height, width, 3], width a multiple of 4."""
-    height, width = pixels.shape[:2]
-    data = pixels.tobytes()
-    header = struct.pack("<2sIII", b"BM", 54 + len(data), 0, 54)
-    return header + struct.pack("<IiiHHIIiiII", 40, width, -height, 1, 24, 0, len(data), 0, 0, 0, 0) + data
+def _png(gray: np.ndarray) -> bytes:
+    """A PNG of gray pixels, uint8 [height, width]."""
+    height, width = gray.shape
+    rows = np.pad(gray, ((0, 0), (1, 0)))  # each row begins with its filter, 0: none
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of gray
+    data = zlib.compress(rows.tobytes())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")

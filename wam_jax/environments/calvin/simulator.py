@@ -42,10 +42,6 @@ class Simulator:
         self._pictures = pictures
         self.target_position = self.target_euler = np.zeros(3)
 
-    def close(self) -> None:
-        """Gives the physics world back."""
-        self._bullet.disconnect()
-
     # --- Loading ---
 
     def _load(self) -> None:
@@ -64,22 +60,30 @@ class Simulator:
             for urdf, pose in zip(self._scene.block_urdfs, scene.BLOCK_POSES, strict=True)
         ]
         self._load_table()
-        floor = self._load_body(scene.PLANE_URDF)
-        if self._pictures and not assets.exists(self._directory, scene.FLOOR_TEXTURE):
-            cameras.paint_floor(bullet, floor)
+        self._load_body(scene.PLANE_URDF, cameras.floor_folder(self._directory) if self._pictures else "")
         bullet.setTimeStep(scene.PHYSICS_STEP)
         # The original sets this flag before a resetSimulation that clears it. Without it a run depends on where the
         # blocks stood when they were loaded.
         bullet.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         self._command = scene.GRIPPER_OPEN
 
-    def _load_body(self, urdf: str, **options: Any) -> int:
+    def _load_body(self, urdf: str, directory: str = "", **options: Any) -> int:
+        """Loads a body; from the assets where no other folder is named.
+
+        Raises:
+          ValueError: pybullet cannot read the file.
+        """
+        path = assets.path(directory or self._directory, urdf)
         flags = 0 if self._pictures else self._bullet.URDF_IGNORE_VISUAL_SHAPES
-        return self._bullet.loadURDF(assets.path(self._directory, urdf), flags=flags, **options)
+        try:
+            return self._bullet.loadURDF(path, flags=flags, **options)
+        except self._bullet.error as error:
+            raise ValueError(f"{path} is not calvin_env's ({error}); {assets.MEND}") from error
 
     def _load_robot(self) -> None:
         bullet = self._bullet
         self._robot = self._load_body(scene.ROBOT_URDF, basePosition=scene.ROBOT_BASE, useFixedBase=True)
+        assets.check_links(bullet, self._robot, scene.ROBOT_URDF, scene.ROBOT_LINKS)
         stand = bullet.createVisualShape(
             bullet.GEOM_CYLINDER, radius=scene.STAND_RADIUS, length=scene.STAND_LENGTH, rgbaColor=(1, 1, 1, 1)
         )
@@ -89,7 +93,6 @@ class Simulator:
             jointAxis=(1, 0, 0), parentFramePosition=(0, 0, 0), childFramePosition=(0, 0, 0),
         )  # fmt: skip
         bullet.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50)
-        assets.check_links(bullet, self._robot, scene.ROBOT_URDF, scene.ROBOT_LINKS)
 
     def _load_table(self) -> None:
         bullet = self._bullet

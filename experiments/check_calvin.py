@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     try:
         loaded = [(path, recordings.load(path)) for path in _REPLAY.value]
         equal = [check(path, recording) for path, recording in loaded]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("equal" if all(equal) else f"different: {equal.count(False)} of {len(equal)} recordings")
     sys.exit(0 if all(equal) else 1)

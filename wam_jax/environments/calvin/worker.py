@@ -7,7 +7,6 @@ that episodes in one process do not disturb each other.
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -157,8 +156,8 @@ def main(descriptor: int) -> None:
     Args:
       descriptor: of the connection, inherited.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; its end closes the connection
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # pybullet's C code prints warnings there
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 1)  # pybullet's C code prints warnings there
     connection = Connection(descriptor)
     settings: Settings = connection.recv()
     simulators: dict[int, Simulator] = {}

@@ -68,13 +68,14 @@ class Lens:
     fov: float  # degrees
     near: float
     far: float
+    size: int  # pixels of the original's square pictures
 
 
-STATIC_LENS = Lens(fov=10, near=0.01, far=10)
+STATIC_LENS = Lens(fov=10, near=0.01, far=10, size=200)
 STATIC_EYE = (2.871459009488717, -2.166602199425597, 2.555159848480571)
 STATIC_TARGET = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
 STATIC_UP = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
-GRIPPER_LENS = Lens(fov=75, near=0.01, far=2)
+GRIPPER_LENS = Lens(fov=75, near=0.01, far=2, size=84)
 
 # --- Scenes ---
 

@@ -42,6 +42,10 @@ class Simulator:
         self._pictures = pictures
         self.target_position = self.target_euler = np.zeros(3)
 
+    def close(self) -> None:
+        """Gives the physics world back."""
+        self._bullet.disconnect()
+
     # --- Loading ---
 
     def _load(self) -> None:

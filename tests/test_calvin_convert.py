@@ -161,6 +161,12 @@ LANGUAGE = "training/lang_annotations/auto_lang_ann.npy"
 NAN_ACTION = np.array([0, 0, np.nan, 0, 0, 0, 1])
 
 
+def with_unknown_compression(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 10] = 99  # in the archive's directory, the first entry's method
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
@@ -171,6 +177,7 @@ NAN_ACTION = np.array([0, 0, np.nan, 0, 0, 0, 1])
         (FRAME, lambda p: rewrite(p, rel_actions=NAN_ACTION), r"rel_actions\[2\] is nan, expected a finite number"),
         (FRAME, lambda p: p.write_bytes(p.read_bytes()[:5000]), "cannot be read as npz"),
         (FRAME, lambda p: p.write_bytes(b""), "cannot be read as npz"),
+        (FRAME, with_unknown_compression, "cannot be read as npz .NotImplementedError: "),
         (FRAME, lambda p: p.unlink(), "missing; expected a file for every frame that"),
         (RANGES, lambda p: p.unlink(), "missing; it says where each stretch of play begins"),
         (RANGES, lambda p: np.save(p, np.array([[111, 100]])), "a range runs from 111 to 100"),

@@ -64,7 +64,7 @@ class Job:
     split: str
     index: int
     num_shards: int
-    folder: Folder
+    folder: Folder  # its path and scenes
     episodes: tuple[PlannedEpisode, ...]
     image_size: int
 
@@ -134,7 +134,7 @@ def jobs(conversion: Conversion) -> list[Job]:
             split,
             index,
             len(of_split),
-            conversion.folders[split],
+            dataclasses.replace(conversion.folders[split], annotations=(), ranges=()),  # thousands, in `shard` already
             tuple(shard),
             conversion.settings.image_size,
         )
@@ -191,6 +191,12 @@ def report(output: Path, faults: Sequence[str]) -> None:
     temporary = path.with_name(f"{REPORT_FILE}.tmp")
     temporary.write_text("".join(f"{fault}\n" for fault in faults))
     os.replace(temporary, path)
+
+
+def reported(output: Path) -> list[str]:
+    """The lines of `report`; none where no file was refused."""
+    path = output / REPORT_FILE
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _digest(shards: list[list[PlannedEpisode]], folder: Folder) -> str:

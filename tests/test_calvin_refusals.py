@@ -1,5 +1,6 @@
 """A conversion lists every file it refuses, verifies what it wrote, and says what the published sets leave unsaid."""
 
+import os
 import shutil
 import subprocess
 
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from calvin_files import make_folder, make_input, rewrite, save_pickled
 from scipy.spatial.transform import Rotation
 
-from data.calvin import conversion, convert, npz_folder, statistics
+from data.calvin import conversion, convert, npz_folder, pool, statistics
 from data.calvin.conversion import Settings
 from wam_jax import datasets, json_files, shards
 
@@ -100,6 +101,11 @@ def test_what_is_missing_is_listed_before_work_starts(damaged, tmp_path):
         convert.convert(damaged, tmp_path / "out")
     assert len(error.value.faults) == 4  # the scenes, of which validation speaks again, once
     assert [path.name for path in (tmp_path / "out").iterdir()] == [conversion.REPORT_FILE]
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_word_on_memory():
+    with pytest.raises(ValueError, match="a worker process was killed; where memory ran out, take fewer --workers"):
+        list(pool.run(os._exit, [1, 1], workers=2))
 
 
 def test_verify_names_each_damaged_shard_and_a_rerun_mends_it(folder, tmp_path):

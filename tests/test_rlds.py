@@ -129,6 +129,23 @@ def test_a_damaged_kept_shard_is_named(tmp_path):
         write(tmp_path, [make_episode()])
 
 
+def test_metadata_are_whole_or_not_there(tmp_path, monkeypatch):
+    def write_half(*, data_dir, **_):
+        (data_dir / rlds.INFO_FILE).write_text("{")
+        raise KeyboardInterrupt
+
+    whole, broken_off = tmp_path / "whole", tmp_path / "broken_off"
+    write(whole, [make_episode()])
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.folder_dataset, "write_metadata", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            write(broken_off, [make_episode()])
+    assert not (broken_off / rlds.INFO_FILE).exists()
+    write(broken_off, [make_episode()])
+    found, expected = ({path.name: path.read_bytes() for path in d.iterdir()} for d in (broken_off, whole))
+    assert found == expected
+
+
 def test_any_dataset_can_be_verified(tmp_path, capsys):
     good, bad, none = (tmp_path / name for name in ("good", "bad", "none"))
     for directory in (good, bad):

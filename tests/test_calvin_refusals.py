@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import helpers
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -13,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from data.calvin import conversion, convert, npz_folder, pool, statistics
 from data.calvin.conversion import Settings
-from wam_jax import datasets, json_files, shards
+from wam_jax import datasets, json_files, shards, specs
 
 NAN_ACTION = np.array([0, 0, np.nan, 0, 0, 0, 1])
 SHARDS_OF_6 = Settings(frames_per_shard=6)
@@ -191,3 +192,13 @@ def test_repeated_annotations_count_once_and_another_language_folder_is_named(tm
     assert len(faults) == 1 and "missing; --language_folder can be one of lang_BERT" in faults[0]
     again, faults = npz_folder.read_folder(tmp_path / "training", "lang_BERT")
     assert (again, faults) == (read, [])
+
+
+def test_the_oracle_keeps_to_numpy():
+    """JAX would compile it for each length of annotation, and keep every program."""
+    scenes = np.zeros((9, specs.SCENE_OBS_DIM))
+    scenes[5:, specs.DRAWER] = 0.13
+    solved = specs.task_success(specs.task_index("open_drawer"), scenes[0], scenes)
+    assert isinstance(solved, np.ndarray) and solved.tolist() == [False] * 5 + [True] * 4
+    traced = jax.jit(specs.task_success)(specs.task_index("open_drawer"), scenes[0], scenes)
+    assert isinstance(traced, jax.Array) and traced.tolist() == solved.tolist()

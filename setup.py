@@ -31,6 +31,7 @@ setup(
         "optax",
         "orbax-checkpoint",
         "pillow",
+        "psutil",
         "scipy",
         "tensorboardX",
         "tensorflow-datasets",
@@ -40,6 +41,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "calvin": ["pybullet"],
+        "beam": ["apache-beam"],
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy"],
     },
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from experiments import verify_dataset
 from wam_jax import rlds, specs
 from wam_jax.types import Observation, StepBatch
 
@@ -126,6 +127,38 @@ def test_a_damaged_kept_shard_is_named(tmp_path):
     (tmp_path / "dataset_info.json").unlink()  # as before the last step of writing
     with pytest.raises(ValueError, match=rf"{shard.name} cannot be read .*delete it and run again"):
         write(tmp_path, [make_episode()])
+
+
+def test_metadata_are_whole_or_not_there(tmp_path, monkeypatch):
+    def write_half(*, data_dir, **_):
+        (data_dir / rlds.INFO_FILE).write_text("{")
+        raise KeyboardInterrupt
+
+    whole, broken_off = tmp_path / "whole", tmp_path / "broken_off"
+    write(whole, [make_episode()])
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.folder_dataset, "write_metadata", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            write(broken_off, [make_episode()])
+    assert not (broken_off / rlds.INFO_FILE).exists()
+    write(broken_off, [make_episode()])
+    found, expected = ({path.name: path.read_bytes() for path in d.iterdir()} for d in (broken_off, whole))
+    assert found == expected
+
+
+def test_any_dataset_can_be_verified(tmp_path, capsys):
+    good, bad, none = (tmp_path / name for name in ("good", "bad", "none"))
+    for directory in (good, bad):
+        write(directory, [make_episode()])
+    verify_dataset.main(["verify_dataset", str(good)])
+    assert capsys.readouterr().out == f"verified: {good}\n"
+    (shard,) = bad.glob("*.array_record-*")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit) as error:
+        verify_dataset.main(["verify_dataset", str(good), str(bad), str(none)])
+    first, second = error.value.code.splitlines()
+    assert first.startswith(f"error: {shard}: SHA-256 is ")
+    assert second.startswith(f"error: {none / rlds.INFO_FILE}: missing, so the dataset is not complete")
 
 
 def _with_steps(episode, **changes):

@@ -3,6 +3,7 @@
 This file and `rlds.py` are the only ones that know how episodes are stored.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from wam_jax import rlds, specs
+from wam_jax import rlds, shards, specs
 from wam_jax.types import Observation, StepBatch
 
 
@@ -111,6 +112,66 @@ def episode_tasks(directory: str | Path, split: str = "train") -> list[int]:
     return [int(_task_indices(source.steps(i)["task"][:1])[0]) for i in range(len(source))]
 
 
+def read_vectors(directory: str | Path, split: str) -> dict[str, np.ndarray]:
+    """All vectors of a split, unrounded; decodes no image.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+
+    Returns:
+      float64 robot_obs [N, 15], scene_obs [N, 24] and action [N, 7] of its N steps, episode after episode.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = Episodes(open_builder(directory, split), split)
+    rows: dict[str, list] = {"robot_obs": [], "scene_obs": [], "action": []}
+    for index in range(len(source)):
+        steps = source.steps(index)
+        for key, of_key in rows.items():
+            of_key.append(_float64((steps["observation"] | steps)[key]))
+    return {key: np.concatenate(of_key) for key, of_key in rows.items()}
+
+
+def verify(directory: str | Path) -> list[str]:
+    """Compares every shard of a dataset with its checksum, then decodes every field of every step.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+
+    Returns:
+      one line for each fault, empty if there is none; the records are decoded only where the checksums are right.
+
+    Raises:
+      ValueError: no complete dataset there, or one without checksums.
+    """
+    if faults := shards.compare_checksums(directory, shards.written(directory)):
+        return faults
+    builder = open_builder(directory)
+    for split in builder.info.splits:
+        source, lengths = builder.as_data_source(split), episode_lengths(directory, split)
+        if len(source) != len(lengths):
+            faults.append(f"{directory}: {split!r} holds {len(source)} episodes, metadata.json says {len(lengths)}")
+            continue
+        with ThreadPoolExecutor(num_threads()) as pool:
+            checked = pool.map(functools.partial(_fault_of_episode, source), range(len(source)), lengths)
+            bar = tqdm(checked, f"verifying {split}", len(source), unit="episode", disable=None)
+            faults += [f"{directory}: episode {i} of {split!r} {fault}" for i, fault in enumerate(bar) if fault]
+    return faults
+
+
+def _fault_of_episode(source: Sequence[dict], index: int, length: int) -> str:
+    """What is wrong with an episode, "" if nothing; every field is decoded as any user of TFDS would read it."""
+    try:
+        steps = list(source[index]["steps"])
+    except Exception as error:  # of ArrayRecord, protobuf, TFDS or an image decoder
+        return f"cannot be decoded ({' '.join(str(error).split())[:200]})"
+    if len(steps) != length:
+        return f"has {len(steps)} steps, metadata.json says {length}"
+    return ""
+
+
 def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.DatasetBuilder:
     """Opens a dataset after checking that it is whole, and that it has the split where one is named.
 
@@ -130,7 +191,7 @@ def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.D
             else (f"holds no dataset (no {rlds.INFO_FILE}); give the directory with the shards")
         )
         raise ValueError(f"{directory} {mend}")
-    rlds.check_shards(directory)
+    shards.check_sizes(directory)
     try:
         builder = tfds.builder_from_directory(directory)
         _ = builder.info.metadata  # read only now
@@ -195,7 +256,11 @@ _TASK_INDEX = {task.encode(): i for i, task in enumerate(specs.TASKS)}
 
 
 def _decode_vectors(values: Sequence[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(values), np.float64).reshape(len(values), -1).astype(np.float32)
+    return _float64(values).astype(np.float32)
+
+
+def _float64(values: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(values), np.float64).reshape(len(values), -1)
 
 
 def _decode_images(pngs: Sequence[bytes]) -> np.ndarray:

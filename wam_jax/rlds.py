@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,10 +26,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from wam_jax import json_files, specs
+from wam_jax import json_files, shards, specs
+from wam_jax.shards import INFO_FILE, shard_path
 from wam_jax.types import StepBatch
 
-INFO_FILE = "dataset_info.json"  # of TFDS; written last, so a directory that has it is complete
 PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
 EPISODE_LENGTHS = "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, for the input pipeline
 
@@ -114,11 +115,6 @@ def features(spec: DatasetSpec) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": episode_metadata})
 
 
-def shard_path(directory: str | Path, name: str, split: str, index: int, num_shards: int) -> Path:
-    """Where TFDS looks for shard `index` of `num_shards`."""
-    return Path(directory) / f"{name}-{split}.array_record-{index:05d}-of-{num_shards:05d}"
-
-
 def start_dataset(directory: str | Path, plan: Mapping) -> bool:
     """Creates the directory and notes what its shards will be made from.
 
@@ -147,39 +143,8 @@ def start_dataset(directory: str | Path, plan: Mapping) -> bool:
         json_files.write(path, new)
     if not (directory / INFO_FILE).exists():
         return False
-    check_shards(directory)
+    shards.check_sizes(directory)
     return True
-
-
-def check_shards(directory: str | Path) -> None:
-    """Checks that a complete dataset still has all its shards, each split as large as it was written.
-
-    Raises:
-      ValueError: a file is missing or of another size, named.
-    """
-    directory = Path(directory)
-    mend = "delete it, and run the command that wrote the dataset again"
-    info = json_files.read(directory / INFO_FILE, mend)
-    try:
-        splits = [(split["name"], len(split["shardLengths"]), int(split["numBytes"])) for split in info["splits"]]
-        name_of_dataset = info["name"]
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{directory / INFO_FILE} is damaged ({reason}); {mend}") from error
-    for name, num_shards, expected in splits:
-        paths = [shard_path(directory, name_of_dataset, name, i, num_shards) for i in range(num_shards)]
-        for path in paths:
-            if not path.exists():
-                raise ValueError(
-                    f"{path} is missing; delete {INFO_FILE} there, and run the command that wrote it again"
-                )
-        found = sum(path.stat().st_size for path in paths)
-        if found != expected:
-            smallest = min(paths, key=lambda path: path.stat().st_size)
-            raise ValueError(
-                f"{directory}: the shards of {name!r} hold {found} bytes, written were {expected} (the smallest is "
-                f"{smallest.name}); one is damaged: delete the dataset and write it again"
-            )
 
 
 def write_shard(
@@ -219,7 +184,7 @@ def finish_dataset(
     lengths: Mapping[str, Sequence[Sequence[int]]],
     description: str = "",
 ) -> None:
-    """Writes the metadata that make the shards a dataset; the last step.
+    """Writes the checksums of the shards and the metadata that make them a dataset; the last step.
 
     Args:
       directory: holds all shards.
@@ -231,11 +196,11 @@ def finish_dataset(
       ValueError: a shard is missing.
     """
     directory = Path(directory)
-    shards = {
+    paths = {
         split: [shard_path(directory, spec.name, split, i, len(of_split)) for i in range(len(of_split))]
         for split, of_split in lengths.items()
     }
-    missing = [path.name for paths in shards.values() for path in paths if not path.exists()]
+    missing = [path.name for of_split in paths.values() for path in of_split if not path.exists()]
     if missing:
         raise ValueError(f"{directory}: {len(missing)} shards are missing, the first is {missing[0]}; write them first")
     for leftover in directory.glob(f"{spec.name}-*.tmp"):
@@ -244,13 +209,19 @@ def finish_dataset(
         tfds.core.SplitInfo(
             name=split,
             shard_lengths=[len(of_shard) for of_shard in of_split],
-            num_bytes=sum(path.stat().st_size for path in shards[split]),
+            num_bytes=sum(path.stat().st_size for path in paths[split]),
         )
         for split, of_split in lengths.items()
     ]
     flat_lengths = {split: [n for of_shard in of_split for n in of_shard] for split, of_split in lengths.items()}
+    shards.write_checksums(directory, [path for of_split in paths.values() for path in of_split])
+    temporary = directory / "metadata.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for of_split in paths.values():
+        (temporary / of_split[0].name).touch()  # TFDS learns the dataset's name and format from the names of shards
     tfds.folder_dataset.write_metadata(
-        data_dir=directory,
+        data_dir=temporary,
         features=features(spec),
         split_infos=split_infos,
         version="1.0.0",
@@ -258,6 +229,12 @@ def finish_dataset(
         description=description,
         metadata=tfds.core.MetadataDict({EPISODE_LENGTHS: flat_lengths}),
     )
+    info = directory / INFO_FILE
+    unfinished = info.with_name(f"{INFO_FILE}.tmp")
+    for path in temporary.glob("*.json"):
+        os.replace(path, unfinished if path.name == INFO_FILE else directory / path.name)
+    shutil.rmtree(temporary)
+    os.replace(unfinished, info)  # the very last step, so that nothing is left behind wherever the process is killed
 
 
 def step_texts(episode: Episode) -> tuple[list[str], list[str]]:

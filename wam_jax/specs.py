@@ -84,11 +84,11 @@ def task_success(task: Array, scene_obs_start: Array, scene_obs: Array) -> Array
     Returns:
       bool [...].
     """
-    task = jnp.asarray(task)
     change = scene_obs - scene_obs_start
-    index = jnp.broadcast_to(jnp.asarray(_ORACLE_INDEX)[task], change.shape[:-1])
-    moved = jnp.take_along_axis(change, index[..., None], axis=-1)[..., 0]
-    return jnp.asarray(_ORACLE_SIGN)[task] * moved > jnp.asarray(_ORACLE_THRESHOLD)[task]
+    xp = change.__array_namespace__()  # numpy stays numpy: JAX would compile anew for every number of steps
+    index = xp.broadcast_to(xp.asarray(_ORACLE_INDEX)[task], change.shape[:-1])
+    moved = xp.take_along_axis(change, index[..., None], axis=-1)[..., 0]
+    return xp.asarray(_ORACLE_SIGN)[task] * moved > xp.asarray(_ORACLE_THRESHOLD)[task]
 
 
 def euler_to_matrix(euler: Array) -> Array:

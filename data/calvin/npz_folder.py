@@ -1,13 +1,14 @@
 """Reads and checks one folder of CALVIN: training/ or validation/, with one npz file for each frame of 1/30 s.
 
-Every problem is a ValueError of one line that names the file, what was found, what was expected and how to mend it.
+Every problem is one line that names the file, what was found, what was expected and how to mend it; RefusedFiles is
+the error that carries them all.
 """
 
 import dataclasses
 import os
-import zipfile
-import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,21 @@ FRAME_ARRAYS = {
     "rgb_static": ((200, 200, 3), np.uint8),
     "rgb_gripper": ((84, 84, 3), np.uint8),
 }
+LANGUAGE_FOLDER = "lang_annotations"
 _MEND = "download or extract it again"
+
+
+class RefusedFiles(ValueError):
+    """Files that cannot be converted."""
+
+    def __init__(self, faults: Sequence[str]):
+        """Takes one line for each file."""
+        super().__init__(faults)
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        others = len(self.faults) - 1
+        return self.faults[0] + (f" ({others} more refused)" if others else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +70,42 @@ def frame_path(folder: Path, frame: int) -> Path:
     return folder / f"episode_{frame:07d}.npz"
 
 
-def read_folder(path: Path) -> Folder:
-    """Reads what describes a folder and checks that every frame it speaks of has its file.
+def read_folder(path: Path, language_folder: str = LANGUAGE_FOLDER) -> tuple[Folder, list[str]]:
+    """Reads what describes a folder and looks for the file of every frame it speaks of.
 
     Args:
       path: of training/ or validation/.
+      language_folder: the folder in it that holds the language annotations.
 
-    Raises:
-      ValueError: a file is missing or not what it should be.
+    Returns:
+      the folder, and a line for each file that is missing or not what it should be; without such, it is whole.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; --input must hold the folders training and validation")
-    ranges = _read_ranges(path / "ep_start_end_ids.npy")
-    _check_frames_exist(path, ranges)
-    return Folder(path, ranges, _read_annotations(path), _read_scenes(path))
+        fault = f"{path}: no such folder; --input must hold the folders training and validation"
+        return Folder(path, (), (), ()), [fault]
+    faults: list[str] = []
+    ranges = _attempt(faults, _read_ranges, path / "ep_start_end_ids.npy")
+    annotations = _attempt(faults, _read_annotations, path, language_folder)
+    scenes = _attempt(faults, _read_scenes, path, ranges)
+    faults += _missing_frames(path, ranges)
+    return Folder(path, ranges, annotations, scenes), faults
+
+
+def refused_frames(path: Path, frames: Iterable[int]) -> list[str]:
+    """Reads frames of a folder and returns a line for each that cannot be converted."""
+    faults: list[str] = []
+    for frame in frames:
+        _attempt(faults, read_frame, frame_path(path, frame))
+    return faults
+
+
+def _attempt(faults: list[str], read: Callable, *arguments: Any) -> Any:
+    """What `read` returns; where it fails, the fault is noted and there is nothing."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        faults.append(str(error))
+        return ()
 
 
 def read_frame(path: Path) -> dict[str, np.ndarray]:
@@ -81,28 +118,24 @@ def read_frame(path: Path) -> dict[str, np.ndarray]:
       the arrays of FRAME_ARRAYS by name, unchanged.
 
     Raises:
-      ValueError: the file cannot be read, lacks an array, or one has the wrong shape, dtype or values.
+      ValueError: the file is missing, cannot be read, lacks an array, or one has the wrong shape, dtype or values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # first of all: np.load would take other formats, too
-            present = {name.removesuffix(".npy") for name in archive.namelist()}
-        missing = [key for key in FRAME_ARRAYS if key not in present]
-        if missing:
-            raise ValueError(f"{path}: has no array {missing[0]!r}, only {', '.join(sorted(present))}; {_MEND}")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: _read_array(path, file, key) for key in FRAME_ARRAYS}
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read as npz ({' '.join(str(error).split())}); {_MEND}") from error
+        # Not np.load, which takes other formats than an archive, too.
+        with open(path, "rb") as archive, np.lib.npyio.NpzFile(archive) as file:
+            present = sorted(file)
+            arrays = {key: file[key] for key in FRAME_ARRAYS if key in present}
+    except FileNotFoundError as error:
+        raise ValueError(_missing(path)) from error
+    except Exception as error:  # a damaged archive raises nearly anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: cannot be read as npz ({reason}); {_MEND}") from error
+    missing = [key for key in FRAME_ARRAYS if key not in arrays]
+    if missing:
+        raise ValueError(f"{path}: has no array {missing[0]!r}, only {present}; {_MEND}")
     for key, array in arrays.items():
         _check_array(path, key, array)
     return arrays
-
-
-def _read_array(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    try:
-        return file[key]
-    except ValueError as error:  # an object array, which only unpickling could read
-        raise ValueError(f"{path}: {key} cannot be read ({error}); {_MEND}") from error
 
 
 def _check_array(path: Path, key: str, array: np.ndarray) -> None:
@@ -133,21 +166,23 @@ def _read_ranges(path: Path) -> tuple[tuple[int, int], ...]:
     return ranges
 
 
-def _check_frames_exist(path: Path, ranges: tuple[tuple[int, int], ...]) -> None:
+def _missing_frames(path: Path, ranges: Sequence[tuple[int, int]]) -> list[str]:
     names = set(os.listdir(path))
-    for first, last in ranges:
-        gaps = [frame for frame in range(first, last + 1) if frame_path(path, frame).name not in names]
-        if gaps:
-            raise ValueError(
-                f"{frame_path(path, gaps[0])}: missing ({len(gaps)} files in all of the range {first} to {last} in "
-                f"ep_start_end_ids.npy); expected one for every frame; {_MEND}"
-            )
+    frames = (frame_path(path, frame) for first, last in ranges for frame in range(first, last + 1))
+    return [_missing(frame) for frame in frames if frame.name not in names]
 
 
-def _read_annotations(folder: Path) -> tuple[LanguageAnnotation, ...]:
-    path = folder / "lang_annotations" / "auto_lang_ann.npy"
-    if not path.exists():  # a folder of bare play; the summary of the conversion says "0 annotations"
-        return ()
+def _missing(path: Path) -> str:
+    return f"{path}: missing; expected a file for every frame that ep_start_end_ids.npy speaks of; {_MEND}"
+
+
+def _read_annotations(folder: Path, language_folder: str) -> tuple[LanguageAnnotation, ...]:
+    path = folder / language_folder / "auto_lang_ann.npy"
+    if not path.exists():
+        others = sorted(other.parent.name for other in folder.glob("*/auto_lang_ann.npy"))
+        if others or language_folder != LANGUAGE_FOLDER:
+            raise ValueError(f"{path}: missing; --language_folder can be one of {', '.join(others) or 'none'}")
+        return ()  # a folder of bare play; the summary of the conversion says "0 annotations"
     array = pickled_npy.load(path)
     try:
         content = array.item()
@@ -164,17 +199,26 @@ def _read_annotations(folder: Path) -> tuple[LanguageAnnotation, ...]:
         if annotation.start >= annotation.end:
             raise ValueError(f"{path}: an annotation runs from {annotation.start} to {annotation.end}, expected more "
                              f"than 0 frames; {_MEND}")  # fmt: skip
-    return tuple(sorted(annotations, key=lambda annotation: annotation.start))
+    once = dict.fromkeys(annotations)  # the validation folders of ABC_D and ABCD_D repeat theirs, to have more of them
+    return tuple(sorted(once, key=lambda annotation: annotation.start))
 
 
-def _read_scenes(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    # The published sets have this file in training/ only, for the frames of both folders.
-    candidates = [folder / "scene_info.npy", folder.parent / "training" / "scene_info.npy"]
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
-    if path is None:
-        return ()
+def _read_scenes(folder: Path, ranges: Sequence[tuple[int, int]]) -> tuple[tuple[str, int, int], ...]:
+    # D_D and ABCD_D have this file in training/ only, for the frames of both folders. So has ABC_D, but there the
+    # validation frames, which are scene D's, have numbers that training gives to other scenes (as listed by
+    # https://github.com/denizyuret/calvin-scripts); ranges that overlap show it, and the scene stays unnamed.
+    training = folder.parent / "training"
+    path = folder / "scene_info.npy"
+    if not path.exists():
+        path = training / "scene_info.npy"
+        if not path.exists() or _overlap(ranges, _read_ranges(training / "ep_start_end_ids.npy")):
+            return ()
     array = pickled_npy.load(path)
     try:
         return tuple((str(name), int(first), int(last)) for name, (first, last) in array.item().items())
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; expected a dict from scene to (first, last) frame; {_MEND}") from error
+
+
+def _overlap(ranges: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return any(first <= end and begin <= last for first, last in ranges for begin, end in others)

@@ -6,9 +6,10 @@ from unittest import mock
 import helpers
 import pytest
 from PIL import Image
+from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
 from experiments import evaluate, simulators
-from wam_jax import evaluation, tables
+from wam_jax import environments, evaluation, tables
 
 quick_compilation = helpers.quick_compilation
 TASKS = ("open_drawer", "close_drawer")  # of which the table's expert solves the first
@@ -117,3 +118,20 @@ def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
         ValueError, match="its results are of starts a.npz, not of starts random; use another --workdir"
     ):
         evaluate.run(make_config(), str(tmp_path), "expert")
+
+
+@needs_simulator
+def test_the_expert_is_evaluated_in_calvin_from_given_starts(monkeypatch, tmp_path):
+    path = str(SHARED / "eval_starts.npz")
+    calvin = environments.make("calvin", assets=str(ASSETS), starts_file=path, pictures=False, num_workers=2)
+    monkeypatch.setattr(simulators, "make", lambda name, pictures: calvin)
+    config = helpers.make_config()
+    config.update(environment="calvin", tasks=("turn_off_led",))
+    config.evaluation.update(num_episodes=30, batch_size=2, max_steps=40)
+    with pytest.raises(ValueError, match="eval_starts.npz holds 29 starts of turn_off_led, fewer than the 30 episodes"):
+        evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
+    config.evaluation.num_episodes = 3
+    (row,) = evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
+    calvin.close()
+    assert (row.environment, row.task, row.episodes, row.successes) == ("calvin", "turn_off_led", 3, 3)
+    assert "starts eval_starts.npz " in row.simulator and "renderer TinyRenderer" in row.simulator

@@ -100,7 +100,7 @@ def test_a_policy_is_told_what_it_did_and_what_came_of_it():
 
 def test_only_what_is_looked_at_is_drawn():
     """By the policy, until the last decision, while the episode is unsolved; or in a film."""
-    fast, slow, still = constant(1.0), constant(0.3), constant(0.0)
+    fast, slow, still = constant(1.0), constant(0.25), constant(0.0)
     table = helpers.Drawer()
     policy = Script(np.concatenate([fast, slow, still]))  # solved after 2, after 5 steps, never
     evaluation.rollout(table, policy, TASK, RNG, num_episodes=3, max_steps=12)

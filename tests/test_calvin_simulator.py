@@ -232,7 +232,7 @@ def test_a_rollout_draws_what_is_filmed(environment):
 
 @needs_simulator
 def test_an_episode_can_wait_while_others_go_on(environment, recording):
-    actions = np.stack([recording.actions[:3]] * 2).astype(np.float32)
+    actions = np.stack([recording.actions[:3]] * 2)
     state = environment.reset_to(np.tile(recording.reset_robot_obs, (2, 1)), np.tile(recording.reset_scene_obs, (2, 1)))
     nobody = np.zeros(2, bool)
     state, seen = environment.step_chunk(state, actions, drawn=nobody, active=np.array([True, False]))

@@ -110,13 +110,13 @@ def test_a_rerun_goes_on_and_other_chains_are_refused(tmp_path, monkeypatch):
     def noted(environment, policy, batch, rng):
         if sum(sizes) == 4:
             sizes.append(0)
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         sizes.append(len(batch))
         return run(environment, Follower(*[0.5] * len(batch)), batch, rng, max_steps=4)
 
     monkeypatch.setattr(chains, "evaluate", noted)
     arguments = config, str(tmp_path), "follower", Table(), None
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="killed"):
         evaluate_chains.evaluate(*arguments, asked)
     with open(tmp_path / "chains/follower.json") as file:
         assert json.load(file)["solved"] == [3] * 4

@@ -4,15 +4,20 @@ import os
 from unittest import mock
 
 import helpers
+import numpy as np
 import pytest
 from PIL import Image
 from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
 from experiments import evaluate, simulators
-from wam_jax import environments, evaluation, tables
+from wam_jax import environments, evaluation, specs, tables
 
 quick_compilation = helpers.quick_compilation
 TASKS = ("open_drawer", "close_drawer")  # of which the table's expert solves the first
+
+
+class Killed(Exception):
+    """Stands in for the end of the process."""
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def played(monkeypatch):
 
     def noted(environment, policy, task, rng, *, first, num_episodes, **options):
         if (task, first) == batches.stop_at:
-            raise KeyboardInterrupt
+            raise Killed
         batches.append((task, first, num_episodes))
         return rollout(environment, policy, task, rng, first=first, num_episodes=num_episodes, **options)
 
@@ -58,7 +63,7 @@ def test_an_interrupted_evaluation_keeps_its_batches_and_ends_as_an_undisturbed_
     played.clear()
     for stop_at in (every[1][:2], every[4][:2]):
         played.stop_at = stop_at
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
     played.stop_at = None
     evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
@@ -75,7 +80,7 @@ def test_a_finished_evaluation_stays_until_a_longer_one_replaces_it(table, playe
     evaluate.run(make_config(num_episodes=2), str(tmp_path), "expert")
     assert played == []
     played.stop_at = ("close_drawer", 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         evaluate.run(make_config(num_episodes=4), str(tmp_path), "expert")
     kept = {row.task: row.episodes for row in tables.load(f"{tmp_path}/evaluation/expert.json")}
     assert kept == {"open_drawer": 4, "close_drawer": 2}
@@ -111,7 +116,7 @@ def test_too_few_starts_are_an_error_before_an_episode_is_played(table, played, 
 def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
     table.facts = {"pybullet": "3", "starts": "a.npz"}
     played.stop_at = ("open_drawer", 2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         evaluate.run(make_config(), str(tmp_path), "expert")
     table.facts = {"pybullet": "3", "starts": "random"}
     with pytest.raises(
@@ -125,6 +130,9 @@ def test_the_expert_is_evaluated_in_calvin_from_given_starts(monkeypatch, tmp_pa
     path = str(SHARED / "eval_starts.npz")
     calvin = environments.make("calvin", assets=str(ASSETS), starts_file=path, pictures=False, num_workers=2)
     monkeypatch.setattr(simulators, "make", lambda name, pictures: calvin)
+    third = calvin.reset_to_task(None, np.array([specs.task_index("turn_off_led")]), first=2)
+    with np.load(path) as file:
+        np.testing.assert_allclose(third.robot_obs[0, 7:14], file["turn_off_led_robot_obs"][2, 7:14], atol=1e-4)
     config = helpers.make_config()
     config.update(environment="calvin", tasks=("turn_off_led",))
     config.evaluation.update(num_episodes=30, batch_size=2, max_steps=40)

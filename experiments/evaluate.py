@@ -2,8 +2,9 @@
 
 python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart --policy=ppo
 
-Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Finished tasks
-are kept; a rerun goes on with the missing ones. The scripted expert needs no config:
+Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Episodes run
+in batches; those of a finished batch are kept in STAGE.episodes.json, and a rerun goes on with the missing ones.
+--save_videos=K films the first K episodes of each task into WORKDIR/videos. The scripted expert needs no config:
 
 python -m experiments.evaluate --environment=calvin --policy=expert --calvin_assets=calvin_env/data \
     --starts=eval_starts.npz --workdir=runs/calvin_expert
@@ -11,31 +12,45 @@ python -m experiments.evaluate --environment=calvin --policy=expert --calvin_ass
 
 import functools
 import os
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
 from experiments.configs import calvin_d, quickstart
-from wam_jax import environments, evaluation, imagination, tables
+from wam_jax import environments, evaluation, imagination, tables, videos
 from wam_jax.diffusion_policy import PolicyParams
-from wam_jax.types import LatentState, Params
+from wam_jax.environments.interface import Environment
+from wam_jax.types import LatentState, Observation, Params
 from wam_jax.world_model import WorldModel
 
 
-def run(config, workdir: str, stage: str) -> list[tables.Row]:
-    """Evaluates one stage on every task; returns all rows of the workdir."""
+def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.Row]:
+    """Evaluates one stage on every task, and films the first episodes of each; returns all rows of the workdir.
+
+    Raises:
+      ValueError: the evaluation lacks something, or what is there was made with another simulator or other starts.
+    """
     path = os.path.join(workdir, "evaluation", f"{stage}.json")
     rows = tables.load(path) if os.path.exists(path) else []
+    films = min(save_videos, config.evaluation.num_episodes)
     done = {row.task for row in rows if row.episodes == config.evaluation.num_episodes}
+    done -= {task for task in done if not _filmed(workdir, stage, task, range(films))}
     missing = [task for task in config.tasks if task not in done]
-    trained = {task: _load(config, workdir, stage, task) for task in missing}  # a missing one is named before any work
+    # Whatever is missing or does not fit is named before any work.
+    trained = {task: _load(config, workdir, stage, task) for task in missing}
+    environment = simulators.make(config.environment, pictures=stage != "expert" or films > 0)
+    simulators.check_starts(environment, config.tasks, config.evaluation.num_episodes)
+    _check_simulator(path, [*rows, *tables.load_episodes(_episodes_path(workdir, stage))], environment)
     for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
-        row = _evaluate(config, stage, task, trained[task])
+        policy = _policy(config, environment, trained[task])
+        episodes = _play(config, workdir, stage, task, environment, policy, films)
+        row = _row(config, stage, task, environment, policy, trained[task], episodes)
         rows = [other for other in rows if other.task != task] + [row]  # one of fewer episodes stays until now
         tables.save(path, rows)
     return write_table(workdir)
@@ -83,28 +98,94 @@ def _load(config, workdir: str, stage: str, task: str) -> _Trained | None:
     return _Trained(load_policy(config, workdir, stage, task), reward_params, *train_world_model.load(config, workdir))
 
 
-def _evaluate(config, stage: str, task: str, trained: _Trained | None) -> tables.Row:
-    environment = simulators.make(config.environment, rendered="all" if trained else "none")
-    num_episodes = config.evaluation.num_episodes
-    rng = jax.random.key(config.evaluation.seed)
-    policy: evaluation.Policy = evaluation.ScriptedPolicy(environment)
-    if trained:
-        settings = train_policy.policy_settings(config)
-        policy = evaluation.LatentPolicy(trained.model, trained.world_model_params, trained.policy, settings)
-    result = evaluation.rollout(
-        environment, policy, task, rng, num_episodes=num_episodes, max_steps=config.evaluation.max_steps
-    )
+def _check_simulator(path: str, found: Sequence[tables.Row | tables.Episode], environment: Environment) -> None:
+    """Checks that earlier results were made with the simulator and the starts of this run."""
+    now = simulators.describe(environment)
+    for then in {result.simulator for result in found} - {now}:
+        old, new = (", ".join(sorted({*a.split(", ")} - {*b.split(", ")})) for a, b in ((then, now), (now, then)))
+        raise ValueError(f"{path}: its results are of {old}, not of {new}; use another --workdir")
+
+
+def _policy(config, environment: Environment, trained: _Trained | None) -> evaluation.Policy:
+    if trained is None:
+        return evaluation.ScriptedPolicy(environment)
+    settings = train_policy.policy_settings(config)
+    return evaluation.LatentPolicy(trained.model, trained.world_model_params, trained.policy, settings)
+
+
+def _batches(config) -> list[range]:
+    """Numbers of the episodes that run at once."""
+    total, size = config.evaluation.num_episodes, config.evaluation.batch_size
+    return [range(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def _play(
+    config, workdir: str, stage: str, task: str, environment: Environment, policy: evaluation.Policy, films: int
+) -> list[tables.Episode]:
+    """A task's episodes; batches that lack episodes or films are played now, and kept when they are finished."""
+    path, simulator = _episodes_path(workdir, stage), simulators.describe(environment)
+    known = {(episode.task, episode.number): episode for episode in tables.load_episodes(path)}
+    for batch in _batches(config):
+        filmed = [number for number in batch if number < films]
+        if all((task, number) in known for number in batch) and _filmed(workdir, stage, task, filmed):
+            continue
+        result = evaluation.rollout(
+            environment, policy, task, jax.random.key(config.evaluation.seed), num_episodes=len(batch),
+            max_steps=config.evaluation.max_steps, first=batch.start, films=len(filmed),
+        )  # fmt: skip
+        outcomes = zip(batch, result.success.tolist(), result.steps.tolist(), strict=True)
+        played = {(task, outcome[0]): tables.Episode(task, *outcome, simulator) for outcome in outcomes}
+        for row, number in enumerate(filmed):
+            frames = jax.tree.map(lambda x, row=row: x[row], result.video)
+            _film(_film_path(workdir, stage, task, number), frames, played[task, number])
+        known |= played
+        tables.save(path, list(known.values()))
+    return [known[task, number] for number in range(config.evaluation.num_episodes)]
+
+
+def _film(path: str, observation: Observation, episode: tables.Episode) -> None:
+    outcome = f"solved, step {episode.steps}" if episode.success else "not solved"
+    videos.save_gif(path, videos.episode(observation, f"{episode.task.replace('_', ' ')}: {outcome}"))
+
+
+def _filmed(workdir: str, stage: str, task: str, numbers: Iterable[int]) -> bool:
+    return all(os.path.exists(_film_path(workdir, stage, task, number)) for number in numbers)
+
+
+def _film_path(workdir: str, stage: str, task: str, number: int) -> str:
+    return os.path.join(workdir, "videos", stage, task, f"{number:03d}.gif")
+
+
+def _episodes_path(workdir: str, stage: str) -> str:
+    return os.path.join(workdir, "evaluation", f"{stage}.episodes.json")
+
+
+def _row(
+    config,
+    stage: str,
+    task: str,
+    environment: Environment,
+    policy: evaluation.Policy,
+    trained: _Trained | None,
+    episodes: Sequence[tables.Episode],
+) -> tables.Row:
+    """Sums up a task's episodes, beside the same policy's from the same starts in imagination."""
     imagined_success = None
     if trained:
-        starts = evaluation.start_latents(environment, policy, task, rng, num_episodes=num_episodes)
+        rng = jax.random.key(config.evaluation.seed)
+        parts = [
+            evaluation.start_latents(environment, policy, task, rng, num_episodes=len(batch), first=batch.start)
+            for batch in _batches(config)
+        ]
+        starts = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         imagined_success = _imagined_success(config, trained, starts)
     return tables.make_row(
         environment=config.environment,
         method=config.method if trained else "-",
         task=task,
         stage=stage,
-        successes=int(np.sum(result.success)),
-        episodes=num_episodes,
+        successes=sum(episode.success for episode in episodes),
+        episodes=len(episodes),
         imagined_success=imagined_success,
         seed=config.seed,
         simulator=simulators.describe(environment),
@@ -148,4 +229,8 @@ def _choose_config(config: ConfigDict | None) -> ConfigDict:
 if __name__ == "__main__":
     _POLICY = flags.DEFINE_enum("policy", "ppo", ("expert", "bc", "ppo"), "Which stage's policies to evaluate")
     _ENVIRONMENT = flags.DEFINE_enum("environment", None, environments.ENVIRONMENTS, "In place of the config's")
-    launch.main(lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value))), _choose_config)
+    _VIDEOS = flags.DEFINE_integer("save_videos", 0, "Films the first K episodes of each task", lower_bound=0)
+    launch.main(
+        lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value, _VIDEOS.value))),
+        _choose_config,
+    )

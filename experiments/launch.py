@@ -33,7 +33,14 @@ _POSITIVE = (
 )
 # What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
 # the world model, say, would leave policies behind that were cloned on other latents.
-_FREE = ("num_devices", "evaluation.num_episodes", ".updates_per_call", ".save_every", ".cache")
+_FREE = (
+    "num_devices",
+    "evaluation.num_episodes",
+    "evaluation.batch_size",
+    ".updates_per_call",
+    ".save_every",
+    ".cache",
+)
 
 
 def main(

@@ -56,13 +56,14 @@ def film(config, workdir: str) -> None:
     task = config.evaluation.video_task if config.evaluation.video_task in config.tasks else config.tasks[0]
     policy = evaluate.latent_policy(config, workdir, "ppo", task)
     rng = jax.random.key(config.evaluation.seed)
-    result = evaluation.rollout(  # all episodes again: the evaluation's compiled programs serve
-        simulators.make(config.environment), policy, task, rng,
-        num_episodes=config.evaluation.num_episodes, max_steps=config.evaluation.max_steps,
+    result = evaluation.rollout(  # a whole batch again: the evaluation's compiled programs serve
+        simulators.make(config.environment), policy, task, rng, films=1, max_steps=config.evaluation.max_steps,
+        num_episodes=min(config.evaluation.batch_size, config.evaluation.num_episodes),
     )  # fmt: skip
+    video, actions = jax.tree.map(lambda x: x[0], (result.video, result.actions))
     model, params = train_world_model.load(config, workdir)
-    predicted = videos.open_loop(model, params, result.video, result.actions, rng, context=VIDEO_CONTEXT)
-    videos.save_gif(path, videos.side_by_side(result.video, predicted, context=VIDEO_CONTEXT))
+    predicted = videos.open_loop(model, params, video, actions, rng, context=VIDEO_CONTEXT)
+    videos.save_gif(path, videos.side_by_side(video, predicted, context=VIDEO_CONTEXT))
 
 
 def note_seconds(workdir: str, stage: str, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """The environment that a config names, built with what the command line says about its simulator."""
 
 import functools
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -14,12 +15,12 @@ flags.DEFINE_string("calvin_python", "", "CALVIN: Python that has pybullet; empt
 
 
 @functools.lru_cache(maxsize=1)
-def make(name: str, rendered: str = "all") -> Environment:
+def make(name: str, pictures: bool = True) -> Environment:
     """Builds an environment, or returns the one that was built last.
 
     Args:
       name: one of `environments.ENVIRONMENTS`.
-      rendered: whose pictures are drawn where that costs time: "all" episodes', the "first"'s, "none"'s.
+      pictures: False: nobody looks, and nothing is drawn where that costs time.
 
     Raises:
       ValueError: it cannot run here, and why.
@@ -32,15 +33,23 @@ def make(name: str, rendered: str = "all") -> Environment:
         starts_file=_flag("starts"),
         num_workers=_flag("calvin_workers"),
         python=_flag("calvin_python"),
-        rendered=rendered,
+        pictures=pictures,
     )
 
 
 def describe(environment: Environment) -> str:
     """What decides the last bits of a simulator's states and pictures; empty where only this repository does."""
-    facts = getattr(environment, "facts", {})
-    starts = {"starts": _flag("starts") or "random"} if facts else {}
-    return ", ".join(f"{key} {value}" for key, value in (facts | starts).items())
+    return ", ".join(f"{key} {value}" for key, value in getattr(environment, "facts", {}).items())
+
+
+def check_starts(environment: Environment, tasks: Sequence[str], count: int) -> None:
+    """Checks that there is a start for each episode, where starts are given.
+
+    Raises:
+      ValueError: there are fewer for a task, and how many.
+    """
+    for task in tasks if hasattr(environment, "check_starts") else ():
+        environment.check_starts(task, count)
 
 
 def _flag(name: str):

@@ -122,6 +122,36 @@ def make_latents(seed: int, shape: tuple[int, ...], settings) -> LatentState:
     return LatentState(rng.normal(size=(*shape, settings.deterministic_dim)).astype(np.float32), logits, stochastic)
 
 
+class Drawer:
+    """A table on which only the drawer moves, by a tenth of an action's first entry."""
+
+    name = "drawer"
+
+    def __init__(self):
+        self.drawn = []  # whose pictures were asked for, at the start and after each chunk
+
+    def reset_to_task(self, rng, task, first=0):
+        return jax.random.uniform(rng, (first + len(task),), maxval=0.05)[first:]
+
+    def observe(self, state, drawn=None):
+        self.drawn.append(drawn)
+        image = jnp.broadcast_to(jnp.uint8(1000 * state)[..., None, None, None], (*state.shape, 64, 64, 3))
+        scene_obs = jnp.zeros((*state.shape, specs.SCENE_OBS_DIM)).at[..., specs.DRAWER].set(state)
+        return Observation(image, image, jnp.zeros((*state.shape, specs.ROBOT_OBS_DIM)), scene_obs)
+
+    def step_chunk(self, state, actions, drawn=None):
+        positions = state[:, None] + 0.1 * jnp.cumsum(actions[..., 0], axis=1)
+        return positions[:, -1], self.observe(positions, drawn)
+
+    def start_expert(self, rng, task, state):
+        assert task.shape == state.shape
+        return state + 0.14  # where it wants the drawer
+
+    def act_expert(self, expert, state):
+        action = jnp.zeros((*state.shape, specs.ACTION_DIM)).at[:, 0].set(jnp.clip(10 * (expert - state), -0.5, 0.5))
+        return expert, action
+
+
 def sample_mode(logits, rng):
     """Stands in for `sample_stochastic` where noise would be in the way: the likeliest class, straight-through."""
     del rng

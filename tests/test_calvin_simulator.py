@@ -47,7 +47,7 @@ def pool():
 
 @pytest.fixture(scope="module")
 def environment():
-    environment = environments.make("calvin", assets=str(ASSETS), rendered="first", num_workers=2)
+    environment = environments.make("calvin", assets=str(ASSETS), num_workers=2)
     yield environment
     environment.close()
 
@@ -191,13 +191,15 @@ def test_random_starts_are_possible_repeatable_and_of_their_own(environment, dra
     same, other = (environment.reset_to_task(jax.random.key(seed), np.arange(2)) for seed in (0, 1))
     np.testing.assert_array_equal(drawn.robot_obs[:2], same.robot_obs)
     np.testing.assert_array_equal(drawn.scene_obs[:2], same.scene_obs)
+    later = environment.reset_to_task(jax.random.key(0), np.array([1]), first=1)  # as part of a smaller batch
+    np.testing.assert_array_equal(drawn.robot_obs[1:2], later.robot_obs)
     assert (drawn.robot_obs[:2, 0] != other.robot_obs[:, 0]).all()
 
 
 @needs_simulator
 def test_experts_solve_their_tasks(drawn):
     tasks = np.arange(len(specs.TASKS))
-    environment = environments.make("calvin", assets=str(ASSETS), rendered="none", num_workers=2)
+    environment = environments.make("calvin", assets=str(ASSETS), pictures=False, num_workers=2)
     state, solved, found = drawn, np.zeros(len(tasks), bool), np.zeros(len(tasks), bool)
     expert = environment.start_expert(jax.random.key(0), tasks, state)
     for _ in range(specs.MAX_EPISODE_STEPS):
@@ -224,10 +226,21 @@ def test_contacts_are_seen(environment, recording):
 
 
 @needs_simulator
-def test_a_rollout_draws_the_first_episode_alone(environment):
-    policy = evaluation.ScriptedPolicy(environment)
-    result = evaluation.rollout(environment, policy, "turn_on_led", jax.random.key(2), num_episodes=2, max_steps=4)
-    assert result.video.rgb_static.shape == (5, 64, 64, 3) and result.video.rgb_static.any(axis=(1, 2, 3)).all()
+def test_a_rollout_draws_what_is_filmed(environment):
+    policy, key = evaluation.ScriptedPolicy(environment), jax.random.key(2)
+    result = evaluation.rollout(environment, policy, "turn_on_led", key, num_episodes=2, max_steps=4, films=1)
+    assert result.video.rgb_static.shape == (1, 5, 64, 64, 3) and result.video.rgb_static.any(axis=(2, 3, 4)).all()
+
+
+@needs_simulator
+def test_an_episode_can_wait_while_others_go_on(environment, recording):
+    actions = np.stack([recording.actions[:3]] * 2)
+    state = environment.reset_to(np.tile(recording.reset_robot_obs, (2, 1)), np.tile(recording.reset_scene_obs, (2, 1)))
+    nobody = np.zeros(2, bool)
+    state, seen = environment.step_chunk(state, actions, drawn=nobody, active=np.array([True, False]))
+    np.testing.assert_array_equal(seen.robot_obs[1], np.tile(recording.robot_obs[0], (3, 1)).astype(np.float32))
+    state, _ = environment.step_chunk(state, actions, drawn=nobody, active=np.array([False, True]))
+    np.testing.assert_array_equal(state.robot_obs, np.stack([recording.robot_obs[3]] * 2))
 
 
 @needs_simulator
@@ -238,7 +251,7 @@ def test_observations_have_the_interfaces_shapes(environment, recording):
     assert observation.robot_obs.dtype == observation.scene_obs.dtype == np.float32
     actions = np.zeros((2, 3, 7), np.float32)
     actions[:, :, 6] = 0.3  # above 0 opens
-    _, observations = environment.step_chunk(state, actions)
+    _, observations = environment.step_chunk(state, actions, drawn=np.array([True, False]))
     assert observations.rgb_gripper.shape == (2, 3, 64, 64, 3)
     assert observations.rgb_static[0].any() and not observations.rgb_static[1].any()
     np.testing.assert_array_equal(observations.robot_obs[..., 14], 1)
@@ -326,9 +339,10 @@ def write_starts(path, **changes):
         ({"open_drawer_scene_obs": None}, "has no open_drawer_scene_obs"),
         (
             {"open_drawer_scene_obs": np.full((1, 24), 0.15)},
-            "start 0 of open_drawer cannot be used: the drawer is at 0.15",
+            "start 0 of open_drawer cannot be used: the drawer is at 0.15, where open_drawer is done already or",
         ),
         ({"turn_on_led_scene_obs": np.ones((1, 24))}, "start 0 of turn_on_led cannot be used: the LED is at 1"),
+        ({"turn_on_led_robot_obs": np.full((1, 15), np.nan)}, "start 0 of turn_on_led cannot be used: .*not finite"),
         ({"open_drawer_robot_obs": np.zeros((2, 15))}, r"shapes \(2, 15\) and \(1, 24\)"),
         ({"open_drawer_robot_obs": np.array([{}])}, "cannot read starts .*Object arrays"),
     ],

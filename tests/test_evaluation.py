@@ -12,10 +12,9 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import evaluate, finetune_policy, train_policy, train_reward, train_world_model
-from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, tables, training, world_model
+from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, training, world_model
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
-from wam_jax.types import Observation
 
 quick_compilation = helpers.quick_compilation
 TASK = "open_drawer"  # solved once the drawer has moved more than 0.12 m
@@ -23,34 +22,10 @@ CONFIG = FrozenConfigDict(helpers.make_config())
 RNG = jax.random.key(7)
 
 
-class Drawer:
-    """A table on which only the drawer moves, by a tenth of an action's first entry."""
-
-    name = "drawer"
-
-    def reset_to_task(self, rng, task):
-        return jax.random.uniform(rng, task.shape, maxval=0.05)
-
-    def observe(self, state):
-        image = jnp.broadcast_to(jnp.uint8(1000 * state)[..., None, None, None], (*state.shape, 64, 64, 3))
-        scene_obs = jnp.zeros((*state.shape, specs.SCENE_OBS_DIM)).at[..., specs.DRAWER].set(state)
-        return Observation(image, image, jnp.zeros((*state.shape, specs.ROBOT_OBS_DIM)), scene_obs)
-
-    def step_chunk(self, state, actions):
-        positions = state[:, None] + 0.1 * jnp.cumsum(actions[..., 0], axis=1)
-        return positions[:, -1], self.observe(positions)
-
-    def start_expert(self, rng, task, state):
-        assert task.shape == state.shape
-        return state + 0.14  # where it wants the drawer
-
-    def act_expert(self, expert, state):
-        action = jnp.zeros((*state.shape, specs.ACTION_DIM)).at[:, 0].set(jnp.clip(10 * (expert - state), -0.5, 0.5))
-        return expert, action
-
-
 class Script:
     """Moves each episode's drawer by given speeds, [B, steps], and notes what it is told."""
+
+    sees = True
 
     def __init__(self, speeds, chunk=4):
         self.speeds, self.chunk = np.asarray(speeds, np.float32), chunk
@@ -76,8 +51,10 @@ def constant(*speeds):
     return np.repeat(np.float32(speeds)[:, None], 40, axis=1)
 
 
-def run(policy, *, max_steps=12, task=TASK, rng=RNG):
-    return evaluation.rollout(Drawer(), policy, task, rng, num_episodes=len(policy.speeds), max_steps=max_steps)
+def run(policy, *, max_steps=12, task=TASK, rng=RNG, **options):
+    return evaluation.rollout(
+        helpers.Drawer(), policy, task, rng, num_episodes=len(policy.speeds), max_steps=max_steps, **options
+    )
 
 
 def test_success_and_its_first_step():
@@ -105,20 +82,48 @@ def test_success_after_the_limit_does_not_count():
 
 def test_a_policy_is_told_what_it_did_and_what_came_of_it():
     policy = Script(constant(0.1, 0.2))
-    result = run(policy, max_steps=8)
+    result = run(policy, max_steps=12, films=1)
     (tasks, state, first), *others = policy.starts
     assert not others
     assert tasks.tolist() == [specs.task_index(TASK)] * 2
     np.testing.assert_array_equal(state, first)
-    assert len(policy.observed) == 2
+    assert len(policy.observed) == 2  # after the last chunk nothing is decided
     for index, (action, drawer) in enumerate(policy.observed):
         steps = 0.1 * (np.arange(4) + 1 + 4 * index)
         np.testing.assert_allclose(action, policy.speeds[:, :4])
         np.testing.assert_allclose(drawer, first[:, None] + np.outer([0.1, 0.2], steps), rtol=1e-5)
     film = np.concatenate([first[:1], *(drawer[0] for _, drawer in policy.observed)])
-    np.testing.assert_allclose(result.video.scene_obs[:, specs.DRAWER], film, rtol=1e-6)
-    assert result.video.rgb_static.shape == (9, 64, 64, 3)
-    np.testing.assert_allclose(result.actions[:, 0], [0.1] * 8)
+    np.testing.assert_allclose(result.video.scene_obs[0, :9, specs.DRAWER], film, rtol=1e-6)
+    assert result.video.rgb_static.shape == (1, 13, 64, 64, 3)
+    np.testing.assert_allclose(result.actions[0, :, 0], [0.1] * 12)
+
+
+def test_only_what_is_looked_at_is_drawn():
+    """By the policy, until the last decision, while the episode is unsolved; or in a film."""
+    fast, slow, still = constant(1.0), constant(0.25), constant(0.0)
+    table = helpers.Drawer()
+    policy = Script(np.concatenate([fast, slow, still]))  # solved after 2, after 5 steps, never
+    evaluation.rollout(table, policy, TASK, RNG, num_episodes=3, max_steps=12)
+    assert [row.tolist() for row in table.drawn] == [[True] * 3, [True] * 3, [False, True, True], [False] * 3]
+    table.drawn.clear()
+    policy.sees = False
+    result = evaluation.rollout(table, policy, TASK, RNG, num_episodes=3, max_steps=12, films=2)
+    assert [row.tolist() for row in table.drawn] == [[True, True, False]] * 4
+    assert result.video.rgb_static.shape == (2, 13, 64, 64, 3)
+
+
+def test_a_rollout_ends_when_all_is_solved():
+    policy = Script(constant(1.0, 0.5))
+    result = run(policy)
+    assert (len(policy.keys), result.steps.tolist(), result.actions.shape) == (1, [2, 3], (0, 4, 7))
+
+
+def test_batches_meet_the_starts_of_the_whole():
+    whole, part = Script(constant(0.0, 0.0, 0.0)), Script(constant(0.0, 0.0))
+    run(whole)
+    run(part, first=1)
+    np.testing.assert_array_equal(whole.starts[0][1][1:], part.starts[0][1])
+    assert whole.keys[0] != part.keys[0]  # another batch, other noise
 
 
 def test_every_policy_meets_the_same_starts():
@@ -132,12 +137,12 @@ def test_every_policy_meets_the_same_starts():
 
 
 def test_a_scripted_expert_sees_the_state_before_each_action():
-    policy = evaluation.ScriptedPolicy(Drawer())
-    result = evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=6)
+    policy = evaluation.ScriptedPolicy(helpers.Drawer())
+    result = evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=6, films=1)
     assert result.success.all()
     assert result.steps.tolist() == [3] * 3  # 0.05 m a step
     # In an open loop it would push on; it stops where it wanted to be.
-    np.testing.assert_allclose(result.actions[:, 0], [0.5, 0.5, 0.4, 0, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(result.actions[0, :, 0], [0.5, 0.5, 0.4, 0, 0, 0], atol=1e-5)
 
 
 def test_an_unknown_task_is_named():
@@ -201,8 +206,8 @@ def test_a_latent_policy_acts_within_range_and_closes_or_opens_the_gripper():
 def test_start_latents_are_those_of_the_rollout():
     policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
     with mock.patch.object(policy, "start", wraps=policy.start) as start:
-        evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=4)
-        latents = evaluation.start_latents(Drawer(), policy, TASK, RNG, num_episodes=3)
+        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=4)
+        latents = evaluation.start_latents(helpers.Drawer(), policy, TASK, RNG, num_episodes=3)
     (*in_rollout, first_key), (*alone, second_key) = (call.args for call in start.call_args_list)
     helpers.assert_equal(in_rollout, alone)
     assert first_key == second_key
@@ -297,34 +302,10 @@ def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, sta
     trained = latent_policy(PolicyParams(base, states["ppo"].params.actor if stage == "ppo" else base))
     loaded = evaluate.latent_policy(CONFIG, path, stage, TASK)
     results = [
-        evaluation.rollout(Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=8) for policy in (trained, loaded)
+        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=8)
+        for policy in (trained, loaded)
     ]
     helpers.assert_equal(*results)
-
-
-def test_finished_evaluations_stay_until_longer_ones_replace_them(tmp_path, monkeypatch):
-    config = helpers.freeze(helpers.make_config(), tasks=("open_drawer", "close_drawer"))
-    rows = [
-        tables.make_row(environment="playtable", method="-", task=task, stage="expert", successes=1, episodes=1,
-                        imagined_success=None, seed=0)
-        for task in config.tasks
-    ]  # fmt: skip
-    tables.save(f"{tmp_path}/evaluation/expert.json", rows)
-    asked = []
-
-    def rollout(environment, policy, task, rng, *, num_episodes, max_steps):
-        asked.append(task)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return mock.Mock(success=np.ones(num_episodes, bool))
-
-    monkeypatch.setattr(evaluation, "rollout", rollout)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, str(tmp_path), "expert")
-    kept = {row.task: row.episodes for row in tables.load(f"{tmp_path}/evaluation/expert.json")}
-    assert kept == {"open_drawer": config.evaluation.num_episodes, "close_drawer": 1}
-    evaluate.run(config, str(tmp_path), "expert")
-    assert asked == ["open_drawer", "close_drawer", "close_drawer"]
 
 
 @pytest.mark.parametrize("missing", ["reward", "policy"])

@@ -30,6 +30,17 @@ class Row:
     simulator: str = ""  # versions and assets that decide its last bits; empty where only this repository does
 
 
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One evaluated episode; a row sums up those of its task."""
+
+    task: str
+    number: int  # of its start
+    success: bool
+    steps: int  # until the oracle found it solved; the limit where it did not
+    simulator: str = ""  # as in Row
+
+
 def make_row(
     *,
     environment: str,
@@ -56,8 +67,8 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def save(path: str, rows: Sequence[Row]) -> None:
-    """Writes rows as a JSON list."""
+def save(path: str, rows: Sequence[Row | Episode]) -> None:
+    """Writes rows, or episodes, as a JSON list."""
     json_files.write(path, [dataclasses.asdict(row) for row in rows])
 
 
@@ -71,9 +82,22 @@ def load(path: str) -> list[Row]:
         raise ValueError(
             f"no table {path}; run experiments.evaluate (or experiments.reproduce) with its --workdir first"
         )
+    return _load(path, Row)
+
+
+def load_episodes(path: str) -> list[Episode]:
+    """Reads episodes; there are none where there is no file.
+
+    Raises:
+      ValueError: the file does not hold episodes.
+    """
+    return _load(path, Episode) if os.path.exists(path) else []
+
+
+def _load(path: str, kind: type) -> list:
     mend = "remove it and evaluate again"
     try:
-        return [Row(**row) for row in json_files.read(path, mend)]
+        return [kind(**row) for row in json_files.read(path, mend)]
     except TypeError as error:
         raise ValueError(f"{path} is not a table of results ({error}); {mend}") from error
 

@@ -1,4 +1,4 @@
-"""Films: real frames beside the world model's open-loop prediction of them."""
+"""Films: evaluated episodes, and real frames beside the world model's open-loop prediction of them."""
 
 import os
 from collections.abc import Sequence
@@ -66,10 +66,29 @@ def side_by_side(observation: Observation, predicted: tuple[Array, Array], *, co
     for index, (static, gripper) in enumerate(zip(*predicted, strict=True)):
         real = np.concatenate([observation.rgb_static[index], observation.rgb_gripper[index]])
         both = np.concatenate([real, np.concatenate([static, gripper])], axis=1)
-        both = cv2.resize(both, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+        both = _enlarge(both, scale)
         what = f"seen {index + 1}/{context}" if index < context else f"imagined +{index - context + 1}"
         frames.append(_caption(both, ("environment", what)))
     return frames
+
+
+def episode(observation: Observation, text: str, *, scale: int = 3) -> list:
+    """Lays out an episode's frames, static camera beside the gripper's, under a caption.
+
+    Args:
+      observation: frames [T, ...].
+      text: the caption.
+      scale: screen pixels per image pixel.
+
+    Returns:
+      T images uint8 [h, w, 3].
+    """
+    both = np.concatenate([observation.rgb_static, observation.rgb_gripper], axis=2)
+    return [_caption(_enlarge(image, scale), (text,)) for image in both]
+
+
+def _enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
 
 
 def _caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:

@@ -146,6 +146,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.evaluation = ConfigDict(
         {
             "num_episodes": 256,
+            "batch_size": 256,  # episodes at once; bounds the memory
             "max_steps": MAX_EPISODE_STEPS,
             "seed": 1000,  # of the starts: the same for every method and stage
             "video_task": "open_drawer",

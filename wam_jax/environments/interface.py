@@ -16,25 +16,32 @@ class Environment(Protocol):
 
     name: str
 
-    def reset_to_task(self, rng: Array, task: Array) -> State:
+    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
         """Draws a random start for each episode, in which its task is possible and not yet solved.
 
         Args:
           rng: one key.
           task: int32 [B], index into specs.TASKS.
+          first: number of the first episode; the key and its number decide an episode's start, not how many there are.
         """
         ...
 
-    def observe(self, state: State) -> Observation:
-        """Renders both cameras and reads the proprioception and scene state of each episode: [B, ...]."""
+    def observe(self, state: State, drawn: Array | None = None) -> Observation:
+        """Renders both cameras and reads the proprioception and scene state of each episode: [B, ...].
+
+        Args:
+          state: B episodes.
+          drawn: bool [B], whose pictures are looked at; the others' may be black where drawing costs time. None: all.
+        """
         ...
 
-    def step_chunk(self, state: State, actions: Array) -> tuple[State, Observation]:
+    def step_chunk(self, state: State, actions: Array, drawn: Array | None = None) -> tuple[State, Observation]:
         """Executes C actions in each episode.
 
         Args:
           state: B episodes.
           actions: float32 [B, C, 7], relative actions; the gripper is open where its entry is > 0, else closed.
+          drawn: as in `observe`.
 
         Returns:
           the state after the chunk, and the observation after each action, [B, C, ...].

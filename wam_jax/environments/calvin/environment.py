@@ -1,6 +1,7 @@
 """CALVIN as a batch of episodes, `interface.Environment`, on worker processes."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,6 @@ from wam_jax.environments.calvin.pool import Episode, Pool, begin
 from wam_jax.environments.calvin.worker import Frames, Settings
 from wam_jax.types import Array, Observation
 
-RENDERED = ("all", "first", "none")
 OUT_OF_REACH = 0.07  # m between target and what the arm can reach, from which it is reported; experts: up to 0.06
 
 
@@ -41,7 +41,7 @@ class Calvin:
         *,
         scene: str = "D",
         starts_file: str = "",
-        rendered: str = "all",
+        pictures: bool = True,
         num_workers: int = 0,
         python: str = "",
     ):
@@ -51,30 +51,42 @@ class Calvin:
           assets: folder laid out like calvin_env's `data/`.
           scene: A, B, C or D.
           starts_file: npz of starts that `reset_to_task` takes in order; empty: random ones.
-          rendered: whose pictures are drawn: "all" episodes', the "first"'s, "none"'s; the others see black.
+          pictures: False: nothing is drawn, and all pictures are black; in less time and memory.
           num_workers: processes; 0: one for each core.
           python: the interpreter that has pybullet; empty: this one.
 
         Raises:
           ValueError: a value cannot work; pybullet, assets or starts are missing.
         """
-        if rendered not in RENDERED:
-            raise ValueError(f"rendered={rendered!r}; expected one of {', '.join(RENDERED)}")
-        self._scene, self._rendered, self._starts_file = scene, rendered, starts_file
+        self._scene, self._pictures, self._starts_file = scene, pictures, starts_file
         self._starts = starts.load(starts_file) if starts_file else None
-        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE, pictures=rendered != "none")
+        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE, pictures=pictures)
         self._pool = Pool(settings, num_workers, python)
 
     @property
     def facts(self) -> dict[str, str]:
-        """Versions, renderer and assets: what a result should record."""
-        return self._pool.facts
+        """Versions, renderer, assets and starts: what a result should record."""
+        given = f"{os.path.basename(self._starts_file)} {starts.version_of(self._starts)}" if self._starts else "random"
+        return self._pool.facts | {"starts": given}
+
+    def check_starts(self, task: str, count: int) -> None:
+        """Checks that a task has as many starts.
+
+        Raises:
+          ValueError: the file of starts holds fewer.
+        """
+        given = count if self._starts is None else len(self._starts[task])
+        if given < count:
+            raise ValueError(
+                f"{self._starts_file} holds {given} starts of {task}, fewer than the {count} episodes asked for; give "
+                f"more, or take --config.evaluation.num_episodes={given}"
+            )
 
     def close(self) -> None:
         """Ends the workers."""
         self._pool.close()
 
-    def reset_to_task(self, rng: Array, task: Array) -> State:
+    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
         """See `interface.Environment`.
 
         Raises:
@@ -86,18 +98,10 @@ class Calvin:
         names = [specs.TASKS[i] for i in task]
         if self._starts is None:
             words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
-            return self._begin(self._pool.draw(names, [(*words, index) for index in range(len(names))]))
-        return self._begin([begin(*self._start(name, names[:i].count(name))) for i, name in enumerate(names)])
-
-    def _start(self, task: str, index: int) -> starts.Start:
-        """The `index`-th start of a task in the file."""
-        assert self._starts is not None
-        if index >= len(self._starts[task]):
-            raise ValueError(
-                f"{self._starts_file} holds {len(self._starts[task])} starts of {task}, fewer than the episodes asked "
-                "for; lower config.evaluation.num_episodes"
-            )
-        return self._starts[task][index]
+            return self._begin(self._pool.draw(names, [(*words, first + index) for index in range(len(names))]))
+        for name in set(names):
+            self.check_starts(name, first + names.count(name))
+        return self._begin([begin(*self._starts[name][first + names[:i].count(name)]) for i, name in enumerate(names)])
 
     def reset_to(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> State:
         """Begins episodes in recorded states, [B, 15] and [B, 24]."""
@@ -107,20 +111,28 @@ class Calvin:
         frames = self._pool.look(episodes, [False] * len(episodes))
         return _state(episodes, frames, (False,) * len(episodes))
 
-    def observe(self, state: State) -> Observation:
+    def observe(self, state: State, drawn: Array | None = None) -> Observation:
         """See `interface.Environment`."""
-        frames = self._pool.look(state.episodes, self._render(len(state.episodes)))
+        frames = self._pool.look(state.episodes, self._render(drawn, len(state.episodes)))
         observation = _observation(frames)
         return jax.tree.map(lambda x: x[:, 0], observation)
 
-    def step_chunk(self, state: State, actions: Array) -> tuple[State, Observation]:
+    def step_chunk(
+        self, state: State, actions: Array, drawn: Array | None = None, active: Array | None = None
+    ) -> tuple[State, Observation]:
         """See `interface.Environment`.
+
+        Args:
+          state, actions, drawn: as there.
+          active: bool [B], the episodes that are stepped; the others stay where they are. None: all.
 
         Raises:
           ValueError: the actions are not [B, C, 7], not finite, or out of range.
         """
         actions = _executable(np.asarray(actions, np.float64), len(state.episodes))
-        episodes, frames = self._pool.step(state.episodes, actions, self._render(len(actions)))
+        stepped = np.ones(len(actions), bool) if active is None else np.asarray(active)
+        share = [a if s else a[:0] for a, s in zip(actions, stepped, strict=True)]
+        episodes, frames = self._pool.step(state.episodes, share, self._render(drawn, len(actions)))
         reported = tuple(map(self._report, range(len(frames)), frames, state.reported))
         return _state(episodes, frames, reported), _observation(frames)
 
@@ -144,8 +156,9 @@ class Calvin:
         plans, actions = zip(*map(follower.act, expert, state.robot_obs), strict=True)
         return plans, np.array(actions, np.float32)
 
-    def _render(self, count: int) -> list[bool]:
-        return [self._rendered == "all" or (self._rendered == "first" and i == 0) for i in range(count)]
+    def _render(self, drawn: Array | None, count: int) -> list[bool]:
+        wanted = [True] * count if drawn is None else np.asarray(drawn).tolist()
+        return [self._pictures and bool(w) for w in wanted]
 
     def _report(self, index: int, frames: Frames, reported: bool) -> bool:
         error = frames.reach_error.max()
@@ -185,20 +198,24 @@ def _state(episodes: Sequence[Episode], frames: Sequence[Frames], reported: tupl
 
 
 def _observation(frames: Sequence[Frames]) -> Observation:
-    """Stacks episodes, [B, C, ...]; undrawn pictures are black."""
+    """Stacks episodes, [B, C, ...]; undrawn pictures are black, and one that stood still shows its moment C times."""
+    moments = max(len(f.robot_obs) for f in frames)
 
     def pictures(field: str) -> np.ndarray:
-        shape = len(frames), len(frames[0].robot_obs), *getattr(frames[0], field).shape[1:]
+        shape = len(frames), moments, *getattr(frames[0], field).shape[1:]
         stacked = np.zeros(shape, np.uint8)
         for row, f in zip(stacked, frames, strict=True):
             if len(getattr(f, field)):
                 row[:] = getattr(f, field)
         return stacked
 
-    robot_obs, scene_obs = (np.stack([getattr(f, k) for f in frames]) for k in ("robot_obs", "scene_obs"))
+    def vectors(field: str) -> np.ndarray:
+        rows = [getattr(f, field) for f in frames]
+        return np.stack([np.broadcast_to(row, (moments, row.shape[1])) for row in rows]).astype(np.float32)
+
     return Observation(
         pictures("rgb_static"),
         pictures("rgb_gripper"),
-        robot_obs.astype(np.float32),
-        scene_obs.astype(np.float32),
+        vectors("robot_obs"),
+        vectors("scene_obs"),
     )

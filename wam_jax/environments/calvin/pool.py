@@ -185,11 +185,17 @@ class Pool:
         return self._run([[Look(i, r)] for i, r in enumerate(render)], episodes)
 
     def step(
-        self, episodes: Sequence[Episode], actions: np.ndarray, render: Sequence[bool]
+        self, episodes: Sequence[Episode], actions: Sequence[np.ndarray] | np.ndarray, render: Sequence[bool]
     ) -> tuple[list[Episode], list[Frames]]:
-        """Executes actions [B, C, 7]; returns the episodes after them, and the C moments of each."""
-        frames = self._run([[Step(i, a, r)] for i, (a, r) in enumerate(zip(actions, render, strict=True))], episodes)
-        after = [episode.after(a) for episode, a in zip(episodes, actions, strict=True)]
+        """Executes actions, [C, 7] in each of B episodes; returns the episodes after them, and the C moments of each.
+
+        An episode without actions, [0, 7], stays as it is, and shows its present moment.
+        """
+        frames = self._run(
+            [[Step(i, a, r) if len(a) else Look(i, r)] for i, (a, r) in enumerate(zip(actions, render, strict=True))],
+            episodes,
+        )
+        after = [episode.after(a) if len(a) else episode for episode, a in zip(episodes, actions, strict=True)]
         self._slots.update(enumerate(after))
         return after, frames
 

@@ -1,5 +1,6 @@
 """Starts of episodes: random ones for a task, and files of them."""
 
+import hashlib
 import zipfile
 import zlib
 
@@ -53,7 +54,8 @@ def why_impossible(task: str, scene_obs: np.ndarray) -> str:
     index, low, high = _POSSIBLE[task]
     if low <= scene_obs[index] <= high:
         return ""
-    return f"{_NAMES[index]} is at {scene_obs[index]:.4g}; {task} is possible from {low:g} to {high:g}"
+    needs = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"{_NAMES[index]} is at {scene_obs[index]:.4g}, where {task} is done already or impossible; it needs {needs}"
 
 
 def draw(simulator: Simulator, of: Scene, task: str, rng: np.random.Generator) -> Start:
@@ -151,7 +153,16 @@ def _task_starts(path: str, task: str, arrays: dict[str, np.ndarray]) -> list[St
             f"{path}: {task} has shapes {robot_obs.shape} and {scene_obs.shape}; expected [n, 15], [n, 24]"
         )
     for row, start in enumerate(scene_obs):
-        why = why_impossible(task, start)
+        finite = np.isfinite(start).all() and np.isfinite(robot_obs[row]).all()
+        why = why_impossible(task, start) if finite else "it has entries that are not finite"
         if why:
             raise ValueError(f"{path}: start {row} of {task} cannot be used: {why}")
     return list(zip(robot_obs, scene_obs, strict=True))
+
+
+def version_of(given: dict[str, list[Start]]) -> str:
+    """Twelve hexadecimal digits that tell one set of starts from another, whatever its file is called."""
+    digest = hashlib.sha256()
+    for task in sorted(given):
+        digest.update(task.encode() + b"".join(vector.tobytes() for start in given[task] for vector in start))
+    return digest.hexdigest()[:12]

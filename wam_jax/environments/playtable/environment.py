@@ -37,7 +37,7 @@ class Playtable:
 
     name = "playtable"
 
-    def reset_to_task(self, rng: Array, task: Array) -> State:
+    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
         """See `interface.Environment`.
 
         Raises:
@@ -46,18 +46,20 @@ class Playtable:
         task = jnp.asarray(task, jnp.int32)
         if task.ndim != 1 or bool(jnp.any((task < 0) | (task >= len(specs.TASKS)))):
             raise ValueError(f"task must be [B] with entries 0..{len(specs.TASKS) - 1}, got {task}")
-        return _reset_to_task(jax.random.split(rng, task.shape[0]), task)
+        return _reset_to_task(jax.random.split(rng, first + task.shape[0])[first:], task)
 
-    def observe(self, state: State) -> Observation:
-        """See `interface.Environment`."""
+    def observe(self, state: State, drawn: Array | None = None) -> Observation:
+        """See `interface.Environment`; everything is drawn."""
+        del drawn
         return _observe(state)
 
-    def step_chunk(self, state: State, actions: Array) -> tuple[State, Observation]:
-        """See `interface.Environment`.
+    def step_chunk(self, state: State, actions: Array, drawn: Array | None = None) -> tuple[State, Observation]:
+        """See `interface.Environment`; everything is drawn.
 
         Raises:
           ValueError: the actions are not [B, C, 7].
         """
+        del drawn
         if actions.ndim != 3 or actions.shape[-1] != specs.ACTION_DIM:
             raise ValueError(f"actions must be [B, C, {specs.ACTION_DIM}], got {actions.shape}")
         return _step_chunk(state, actions)

@@ -1,0 +1,145 @@
+"""The binary that evaluates: batches that a killed run keeps, films, and what it refuses."""
+
+import os
+from unittest import mock
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+from test_calvin_simulator import ASSETS, SHARED, needs_simulator
+
+from experiments import evaluate, simulators
+from wam_jax import environments, evaluation, specs, tables
+
+quick_compilation = helpers.quick_compilation
+TASKS = ("open_drawer", "close_drawer")  # of which the table's expert solves the first
+
+
+class Killed(Exception):
+    """Stands in for the end of the process."""
+
+
+@pytest.fixture
+def table(monkeypatch):
+    table = helpers.Drawer()
+    monkeypatch.setattr(simulators, "make", lambda name, pictures=True: table)
+    return table
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The batches that are played: (task, first, size); a task in `stop_at` is interrupted at that batch."""
+    batches, rollout = [], evaluation.rollout
+
+    def noted(environment, policy, task, rng, *, first, num_episodes, **options):
+        if (task, first) == batches.stop_at:
+            raise Killed
+        batches.append((task, first, num_episodes))
+        return rollout(environment, policy, task, rng, first=first, num_episodes=num_episodes, **options)
+
+    batches = type("Batches", (list,), {"stop_at": None})()
+    monkeypatch.setattr(evaluation, "rollout", noted)
+    return batches
+
+
+def make_config(num_episodes=5, batch_size=2):
+    config = helpers.make_config()
+    config.tasks = TASKS
+    config.evaluation.update(num_episodes=num_episodes, batch_size=batch_size, max_steps=4)
+    return helpers.freeze(config)
+
+
+def content(workdir):
+    """Every file of a workdir."""
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_evaluation_keeps_its_batches_and_ends_as_an_undisturbed_one(table, played, tmp_path):
+    rows = evaluate.run(make_config(), str(tmp_path / "whole"), "expert")
+    assert [(row.task, row.successes, row.episodes) for row in rows] == [("open_drawer", 5, 5), ("close_drawer", 0, 5)]
+    every = [(task, first, min(2, 5 - first)) for task in TASKS for first in (0, 2, 4)]
+    assert played == every
+    played.clear()
+    for stop_at in (every[1][:2], every[4][:2]):
+        played.stop_at = stop_at
+        with pytest.raises(Killed):
+            evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
+    played.stop_at = None
+    evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
+    assert played == every
+    assert content(tmp_path / "broken") == content(tmp_path / "whole")
+    episodes = tables.load_episodes(str(tmp_path / "broken/evaluation/expert.episodes.json"))
+    assert [(episode.task, episode.number) for episode in episodes] == [(task, n) for task in TASKS for n in range(5)]
+    assert {(episode.success, episode.steps) for episode in episodes if episode.task == "open_drawer"} == {(True, 3)}
+
+
+def test_a_finished_evaluation_stays_until_a_longer_one_replaces_it(table, played, tmp_path):
+    evaluate.run(make_config(num_episodes=2), str(tmp_path), "expert")
+    played.clear()
+    evaluate.run(make_config(num_episodes=2), str(tmp_path), "expert")
+    assert played == []
+    played.stop_at = ("close_drawer", 2)
+    with pytest.raises(Killed):
+        evaluate.run(make_config(num_episodes=4), str(tmp_path), "expert")
+    kept = {row.task: row.episodes for row in tables.load(f"{tmp_path}/evaluation/expert.json")}
+    assert kept == {"open_drawer": 4, "close_drawer": 2}
+    assert played == [("open_drawer", 2, 2)]
+
+
+def test_films_show_the_first_episodes_and_are_made_up_for(table, played, tmp_path):
+    evaluate.run(make_config(), str(tmp_path), "expert")
+    rows = (tmp_path / "table.json").read_bytes()
+    played.clear()
+    evaluate.run(make_config(), str(tmp_path), "expert", save_videos=3)
+    assert played == [(task, first, 2) for task in TASKS for first in (0, 2)]
+    for task in TASKS:
+        names = sorted(path.name for path in (tmp_path / "videos/expert" / task).iterdir())
+        assert names == ["000.gif", "001.gif", "002.gif"]
+    with Image.open(tmp_path / "videos/expert/open_drawer/002.gif") as film:
+        assert film.n_frames > 1 and film.size == (2 * 3 * 64, 3 * 64 + 22)
+    assert (tmp_path / "table.json").read_bytes() == rows
+    played.clear()
+    os.remove(tmp_path / "videos/expert/close_drawer/002.gif")
+    evaluate.run(make_config(), str(tmp_path), "expert", save_videos=99)
+    assert played == [("open_drawer", 2, 2), ("open_drawer", 4, 1), ("close_drawer", 2, 2), ("close_drawer", 4, 1)]
+
+
+def test_too_few_starts_are_an_error_before_an_episode_is_played(table, played, tmp_path):
+    table.check_starts = mock.Mock(side_effect=ValueError("2 starts"))
+    with pytest.raises(ValueError, match="2 starts"):
+        evaluate.run(make_config(), str(tmp_path), "expert")
+    table.check_starts.assert_called_once_with("open_drawer", 5)
+    assert played == [] and content(tmp_path) == {}
+
+
+def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
+    table.facts = {"pybullet": "3", "starts": "a.npz"}
+    played.stop_at = ("open_drawer", 2)
+    with pytest.raises(Killed):
+        evaluate.run(make_config(), str(tmp_path), "expert")
+    table.facts = {"pybullet": "3", "starts": "random"}
+    with pytest.raises(
+        ValueError, match="its results are of starts a.npz, not of starts random; use another --workdir"
+    ):
+        evaluate.run(make_config(), str(tmp_path), "expert")
+
+
+@needs_simulator
+def test_the_expert_is_evaluated_in_calvin_from_given_starts(monkeypatch, tmp_path):
+    path = str(SHARED / "eval_starts.npz")
+    calvin = environments.make("calvin", assets=str(ASSETS), starts_file=path, pictures=False, num_workers=2)
+    monkeypatch.setattr(simulators, "make", lambda name, pictures: calvin)
+    third = calvin.reset_to_task(None, np.array([specs.task_index("turn_off_led")]), first=2)
+    with np.load(path) as file:
+        np.testing.assert_allclose(third.robot_obs[0, 7:14], file["turn_off_led_robot_obs"][2, 7:14], atol=1e-4)
+    config = helpers.make_config()
+    config.update(environment="calvin", tasks=("turn_off_led",))
+    config.evaluation.update(num_episodes=30, batch_size=2, max_steps=40)
+    with pytest.raises(ValueError, match="eval_starts.npz holds 29 starts of turn_off_led, fewer than the 30 episodes"):
+        evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
+    config.evaluation.num_episodes = 3
+    (row,) = evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
+    calvin.close()
+    assert (row.environment, row.task, row.episodes, row.successes) == ("calvin", "turn_off_led", 3, 3)
+    assert "starts eval_starts.npz " in row.simulator and "renderer TinyRenderer" in row.simulator

@@ -1,6 +1,7 @@
 """The environment that a config names, built with what the command line says about its simulator."""
 
 import functools
+from typing import Any
 
 from absl import flags
 
@@ -26,14 +27,12 @@ def make(name: str, rendered: str = "all") -> Environment:
     """
     if name != "calvin":
         return environments.make(name)
-    return environments.make(
-        name,
-        assets=_flag("calvin_assets"),
-        starts_file=_flag("starts"),
-        num_workers=_flag("calvin_workers"),
-        python=_flag("calvin_python"),
-        rendered=rendered,
-    )
+    return environments.make(name, **calvin_options(), starts_file=_flag("starts"), rendered=rendered)
+
+
+def calvin_options() -> dict[str, Any]:
+    """What the command line says of CALVIN's workers: assets, num_workers, python."""
+    return {"assets": _flag("calvin_assets"), "num_workers": _flag("calvin_workers"), "python": _flag("calvin_python")}
 
 
 def describe(environment: Environment) -> str:

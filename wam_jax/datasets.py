@@ -77,6 +77,22 @@ def read_attempts(
     return attempts
 
 
+def count_attempts(directory: str | Path, split: str) -> dict[str, dict[str, int]]:
+    """For each task of specs.TASKS how many annotated attempts there are, and how many of them the oracle finds solved.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = Episodes(open_builder(directory, split), split)
+    counts = {task: {"attempts": 0, "solved": 0} for task in specs.TASKS}
+    for index in range(len(source)):
+        steps = source.steps(index)
+        for task, span in attempt_spans(_task_indices(steps["task"]), range(len(specs.TASKS)), min_steps=1):
+            counts[specs.TASKS[task]]["attempts"] += 1
+            counts[specs.TASKS[task]]["solved"] += int(np.max(steps["reward"][span]) > 0)
+    return counts
+
+
 def attempt_spans(labels: np.ndarray, tasks: Sequence[int], *, min_steps: int) -> list[tuple[int, slice]]:
     """Stretches of one label, of at least `min_steps`, that are one of `tasks`: (task, span) in the order of time."""
     change = np.flatnonzero(np.diff(labels, prepend=-2, append=-2))

@@ -175,6 +175,8 @@ class Pool:
             try:
                 return self._workers[index].receive()
             except (EOFError, OSError):
+                if not self._finalizer.alive:
+                    raise RuntimeError("the pool was closed while it worked") from None
                 status = self._workers[index].end()
                 self.restarts += 1
                 logging.warning("a process of CALVIN's simulator ended (status %s); its episodes are repeated", status)

@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+import numpy as np
+
 from wam_jax.environments.calvin import scene
 from wam_jax.environments.calvin.scene import Scene
 
@@ -131,6 +133,13 @@ def check(directory: str, of: Scene) -> None:
             f"CALVIN's assets in {directory} lack {', '.join(missing[:_LISTED])}{more}; give calvin_env's data/ (its "
             "meshes are stored with git-lfs) or a folder laid out like it"
         )
+
+
+@functools.cache
+def mesh_vertices(path: str) -> np.ndarray:
+    """Vertices of an OBJ file, float64 [n, 3]."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return np.array([line.split()[1:4] for line in file if line.startswith("v ")], np.float64)
 
 
 def check_links(bullet: Any, body: int, urdf: str, links: dict[int, str]) -> None:

@@ -80,6 +80,9 @@ class Simulator:
     def _load_robot(self) -> None:
         bullet = self._bullet
         self._robot = self._load_body(scene.ROBOT_URDF, basePosition=scene.ROBOT_BASE, useFixedBase=True)
+        self._colors = {shape[1]: shape[7] for shape in bullet.getVisualShapeData(self._robot)}
+        self._hulls = cameras.hulls(bullet, self._robot) if self._pictures else {}
+        self._invisible: frozenset[int] = frozenset()
         stand = bullet.createVisualShape(
             bullet.GEOM_CYLINDER, radius=scene.STAND_RADIUS, length=scene.STAND_LENGTH, rgbaColor=(1, 1, 1, 1)
         )
@@ -284,9 +287,17 @@ class Simulator:
         """
         if not self._pictures:
             raise ValueError("this simulator was built with pictures=False, for states alone")
-        static = cameras.render(self._bullet, cameras.static_view(self._bullet), scene.STATIC_LENS, static_size)
-        view = cameras.gripper_view(self._bullet, self._robot)
-        return static, cameras.render(self._bullet, view, scene.GRIPPER_LENS, gripper_size)
+        static = self._draw(cameras.static_view(self._bullet), scene.STATIC_LENS, static_size)
+        return static, self._draw(cameras.gripper_view(self._bullet, self._robot), scene.GRIPPER_LENS, gripper_size)
+
+    def _draw(self, view: tuple[float, ...], lens: scene.Lens, size: int) -> np.ndarray:
+        """A picture; the renderer skips links that are invisible, which those that it cannot show become."""
+        unseen = cameras.out_of_view(self._bullet, self._robot, self._hulls, view, lens)
+        for link in unseen ^ self._invisible:
+            color = (*self._colors[link][:3], 0) if link in unseen else self._colors[link]
+            self._bullet.changeVisualShape(self._robot, link, rgbaColor=color)
+        self._invisible = unseen
+        return cameras.render(self._bullet, view, lens, size)
 
 
 def check_action(action: Any) -> np.ndarray:

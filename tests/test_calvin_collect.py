@@ -1,0 +1,243 @@
+"""Play and demonstrations recorded in CALVIN's simulator: what they hold, and that a killed collection goes on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import helpers
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+from test_calvin_simulator import ASSETS, SHARED, needs_simulator
+
+from experiments import collect_calvin, launch
+from experiments.configs import calvin_d
+from wam_jax import datasets, rlds, specs
+from wam_jax.environments.calvin import cameras, play, scene
+from wam_jax.environments.calvin.pool import Pool
+from wam_jax.environments.calvin.simulator import Simulator
+from wam_jax.environments.calvin.worker import Settings
+
+SIZES = {
+    "dataset.play_episodes": 5,
+    "dataset.validation_episodes": 1,
+    "dataset.play_steps": 10,
+    "dataset.demonstrations_per_task": 1,
+    "tasks": ("turn_on_led", "turn_off_led"),
+    "world_model.window_length": 4,
+}
+
+
+class Blind(Pool):
+    """A pool that draws no pictures: twenty times as fast."""
+
+    def __init__(self):
+        super().__init__(Settings(str(ASSETS), pictures=False), num_workers=1)
+
+    def look(self, episodes, render):
+        return super().look(episodes, [False] * len(render))
+
+    def step(self, episodes, actions, render):
+        return super().step(episodes, actions, [False] * len(render))
+
+
+@pytest.fixture(scope="module")
+def blind():
+    pool = Blind()
+    yield pool
+    pool.close()
+
+
+# --- What is recorded ---
+
+
+@needs_simulator
+def test_play_succeeds_and_fails_at_every_turn(blind):
+    tracks = [play.record_play(blind, 1500, (0, episode)) for episode in range(2)]
+    solved = []
+    for track in tracks:
+        annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
+        _, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
+        solved += [(a.task, reward[a.start : a.end].max() > 0) for a in track.attempts]
+        assert np.abs(track.actions[:, :6]).max() <= 1 and set(track.actions[:, 6]) == {-1, 1}
+        covered = sum(a.end - a.start for a in track.attempts)
+        assert 0.2 < 1 - covered / 1500 < 0.7  # free motion
+        assert all(a.end <= b.start for a, b in zip(track.attempts, track.attempts[1:], strict=False))
+        for key in (2, 7):  # a hand or a joint that left its range would have run away
+            assert np.abs(track.robot_obs[:, key]).max() < 3
+    assert 0.25 < np.mean([success for _, success in solved]) < 0.8
+    assert {task for task, success in solved if success} >= set(specs.TASKS) - {"turn_on_lightbulb"}
+    assert {task for task, success in solved if not success} >= set(specs.TASKS[:4])
+
+
+@needs_simulator
+def test_play_repeats_for_the_same_seed_and_for_no_other(blind):
+    first, same, other = (play.record_play(blind, 30, seed) for seed in ((3, 1), (3, 1), (3, 2)))
+    np.testing.assert_array_equal(first.robot_obs, same.robot_obs)
+    np.testing.assert_array_equal(first.actions, same.actions)
+    assert (first.robot_obs[0, :3] != other.robot_obs[0, :3]).all()
+
+
+@needs_simulator
+@pytest.mark.parametrize("task", ["open_drawer", "turn_on_led"])
+def test_demonstrations_end_after_their_success(blind, task):
+    track = play.record_demonstration(blind, task, specs.MAX_EPISODE_STEPS, (5,))
+    length = len(track.actions)
+    assert track.attempts == (play.Attempt(task, 0, length),)
+    solved = specs.task_success(specs.task_index(task), track.scene_obs[0], track.scene_obs[:-1])
+    assert int(np.argmax(solved)) == length - 1 - play.STEPS_AFTER_SUCCESS > 0
+    assert len(track.robot_obs) == length + 1
+
+
+@needs_simulator
+def test_an_expert_that_fails_gives_no_demonstration(blind):
+    assert play.record_demonstration(blind, "open_drawer", 5, (5,)) is None
+
+
+@pytest.mark.skipif(not (SHARED / "tiny").is_dir(), reason="needs the recorded CALVIN set")
+def test_reached_actions_are_those_of_the_original_recorder():
+    frames = [dict(np.load(path)) for path in sorted((SHARED / "tiny" / "training").glob("episode_*.npz"))]
+    stacked = {key: np.stack([frame[key] for frame in frames]) for key in ("robot_obs", "actions", "rel_actions")}
+    absolute, relative = play.reached_actions(stacked["robot_obs"])
+    np.testing.assert_array_equal(absolute, stacked["actions"][:-1])
+    np.testing.assert_allclose(relative, stacked["rel_actions"][:-1], atol=1e-9)
+
+
+# --- The binary ---
+
+
+def config(**changes):
+    changed = calvin_d.get_config()
+    changed.update_from_flattened_dict(SIZES | changes)
+    return FrozenConfigDict(changed)
+
+
+def collect(workdir, **recorder):
+    recorder = collect_calvin.Recorder(**{"assets": str(ASSETS), "num_workers": 2} | recorder)
+    settings = config()
+    for key, function in (
+        ("play", collect_calvin.collect_play),
+        ("demonstrations", collect_calvin.collect_demonstrations),
+    ):
+        function(launch.collected_directory(settings, str(workdir), key), settings, recorder)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A collection that nothing disturbed; not to be changed."""
+    workdir = tmp_path_factory.mktemp("collected")
+    collect(workdir)
+    return workdir
+
+
+def shards(workdir):
+    return {str(path.relative_to(workdir)): path for path in sorted(workdir.rglob("*.array_record-*"))}
+
+
+@needs_simulator
+def test_what_is_written_can_be_trained_on(workdir):
+    settings = config()
+    directory = launch.play_directory(settings, str(workdir))  # without config.dataset.play
+    assert directory.endswith("data/calvin_play")
+    train, validation = (datasets.read_episodes(directory, split) for split in ("train", "validation"))
+    assert [len(steps.is_first) for steps in train] == [10] * 5 and len(validation) == 1
+    for steps in train:
+        assert steps.observation.rgb_static.reshape(10, -1).std(axis=1).min() > 20  # every frame is drawn
+        assert (steps.observation.rgb_gripper[1:] != steps.observation.rgb_gripper[:-1]).any(axis=(1, 2, 3)).all()
+        moved = steps.observation.robot_obs[1:, :3] - steps.observation.robot_obs[:-1, :3]
+        np.testing.assert_allclose(steps.action[:-1, :3] * specs.POSITION_SCALE, np.clip(moved, -0.02, 0.02), atol=1e-6)
+    demonstrations = launch.demonstration_directory(settings, str(workdir))
+    assert datasets.episode_tasks(demonstrations) == [specs.task_index(task) for task in SIZES["tasks"]]
+    assert all(steps.reward[-7] == 1 and steps.reward[-8] == 0 for steps in datasets.read_episodes(demonstrations))
+    assert datasets.count_attempts(demonstrations, "train")["turn_on_led"] == {"attempts": 1, "solved": 1}
+
+
+@needs_simulator
+def test_the_cost_is_noted(workdir):
+    with open(workdir / "data" / "calvin_play" / "collection.json") as file:
+        notes = json.load(file)
+    assert notes["frames"] == {"train": 50, "validation": 10} and notes["this_run"]["frames"] == 60
+    assert notes["this_run"]["frames_per_cpu_second"] == pytest.approx(60 / notes["this_run"]["cpu_seconds"], rel=0.1)
+    assert notes["simulator"]["renderer"] == "TinyRenderer"
+
+
+@needs_simulator
+def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(workdir):
+    before = {name: path.stat().st_mtime_ns for name, path in shards(workdir).items()}
+    collect(workdir, assets="no simulator is needed")
+    assert {name: path.stat().st_mtime_ns for name, path in shards(workdir).items()} == before
+    with pytest.raises(ValueError, match="made with other settings .actions differ"):
+        collect(workdir, actions="commanded")
+
+
+@needs_simulator
+def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path):
+    flags = [f"--config.{key}={value}" for key, value in SIZES.items()]
+    command = [sys.executable, "-m", "experiments.collect_calvin", "--config=experiments/configs/calvin_d.py", *flags]
+    options = [f"--workdir={tmp_path}", f"--calvin_assets={ASSETS}", "--calvin_workers=1"]
+    process = subprocess.Popen([*command, *options], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not shards(tmp_path) or all(name.endswith(".tmp") for name in shards(tmp_path)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = {name: path.stat().st_mtime_ns for name, path in shards(tmp_path).items() if not name.endswith(".tmp")}
+    assert 0 < len(kept) < len(shards(workdir))
+    collect(tmp_path, num_workers=1)
+    expected = {name: path.read_bytes() for name, path in shards(workdir).items()}
+    assert {name: path.read_bytes() for name, path in shards(tmp_path).items()} == expected
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+
+
+@needs_simulator
+def test_an_interrupted_collection_ends_its_workers(tmp_path, monkeypatch):
+    pools = []
+
+    def interrupted(bar):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_calvin.tqdm, "update", interrupted)
+    start = collect_calvin.Recorder.pools
+    monkeypatch.setattr(collect_calvin.Recorder, "pools", lambda self: pools.extend(start(self)) or pools)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path)
+    for process in (process for pool in pools for process in pool.processes):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_cannot_be_collected_is_named(tmp_path):
+    with pytest.raises(ValueError, match="config.environment='playtable'; expected 'calvin'"):
+        collect_calvin.run(config(environment="playtable"), str(tmp_path))
+    with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
+        collect(tmp_path, assets="")
+    assert not list(tmp_path.iterdir())
+
+
+# --- Faster pictures ---
+
+
+@needs_simulator
+def test_links_that_are_not_drawn_change_no_pixel():
+    simulator, hidden = Simulator(str(ASSETS)), 0
+    with np.load(SHARED / "eval_starts.npz") as starts:
+        cases = [(starts[f"{task}_robot_obs"][i], starts[f"{task}_scene_obs"][i]) for i, task in enumerate(specs.TASKS)]
+    back = cases[0][0].copy()
+    back[7:14] += (0.3, -0.6, 0.2, -0.5, 0.4, 1.2, 0.3)  # the camera on the hand looks back at the arm
+    for case in (*cases, (back, cases[0][1])):
+        simulator.reset(*case)
+        pictures = simulator.render(64, 64)
+        bullet, robot = simulator._bullet, simulator._robot
+        hidden += len(simulator._invisible)
+        for link, color in simulator._colors.items():
+            bullet.changeVisualShape(robot, link, rgbaColor=color)
+        views = cameras.static_view(bullet), cameras.gripper_view(bullet, robot)
+        for picture, view, lens in zip(pictures, views, (scene.STATIC_LENS, scene.GRIPPER_LENS), strict=True):
+            np.testing.assert_array_equal(picture, cameras.render(bullet, view, lens, 64))
+        simulator._invisible = frozenset()
+    assert hidden > 4 * len(cases)
+    simulator.close()

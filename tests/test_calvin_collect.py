@@ -9,9 +9,11 @@ import time
 import helpers
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from ml_collections import FrozenConfigDict
 from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
+from data.calvin import convert, export, pickled_npy
 from experiments import collect_calvin, launch
 from experiments.configs import calvin_d
 from wam_jax import datasets, rlds, specs
@@ -216,6 +218,62 @@ def test_what_cannot_be_collected_is_named(tmp_path):
     with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         collect(tmp_path, assets="")
     assert not list(tmp_path.iterdir())
+
+
+# --- CALVIN's own layout ---
+
+
+def all_of(directory, split):
+    """Every value of a split, by name."""
+    episodes = tfds.builder_from_directory(directory).as_data_source(split)
+    return [{**episode, "steps": list(episode["steps"])} for episode in episodes]
+
+
+@needs_simulator
+def test_the_npz_layout_converts_to_what_was_recorded(tmp_path):
+    settings = config(**{"dataset.play_episodes": 2, "dataset.play_steps": 6})
+    recorder = collect_calvin.Recorder(str(ASSETS), num_workers=1, image_size=0)
+    collect_calvin.collect_play(str(tmp_path / "rlds"), settings, recorder)
+    export.export(tmp_path / "rlds", tmp_path / "npz")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "npz").glob("*/episode_*.npz")}
+    assert len(times) == 18
+    lost = min(times)
+    lost.unlink()
+    export.export(tmp_path / "rlds", tmp_path / "npz")
+    assert [path for path, before in times.items() if path.stat().st_mtime_ns != before] == [lost]
+    convert.convert(tmp_path / "npz", tmp_path / "converted", image_size=0)
+    for split in ("train", "validation"):
+        helpers.assert_equal(all_of(tmp_path / "converted", split), all_of(tmp_path / "rlds", split))
+
+
+@needs_simulator
+def test_a_dataset_of_other_sizes_is_not_exported(workdir, tmp_path):
+    with pytest.raises(ValueError, match=r"rgb_static is \(64, 64, 3\).*collect with --calvin_image_size=0"):
+        export.export(workdir / "data" / "calvin_play", tmp_path)
+
+
+def test_annotations_are_exported_with_their_frames(tmp_path):
+    """An attempt that succeeds and one that fails, in the second of two episodes."""
+    steps = helpers.make_steps(shape=(12,))
+    big = {"rgb_static": np.zeros((12, 200, 200, 3), np.uint8), "rgb_gripper": np.zeros((12, 84, 84, 3), np.uint8)}
+    steps = steps.replace(observation=steps.observation.replace(**big), reward=np.float32(np.arange(12) == 3))
+    annotations = [rlds.Annotation(1, 5, "open_drawer", "open it"), rlds.Annotation(6, 12, "turn_on_led", "light it")]
+    first, second = (
+        rlds.Episode(steps, "calvin_scene_D", annotations=spans, extra={"action_absolute": np.ones((12, 7))})
+        for spans in ((), annotations)
+    )
+    helpers.write_dataset(tmp_path / "rlds", "toy", {"train": [first, second]})
+    export.export(tmp_path / "rlds", tmp_path / "npz")
+    folder = tmp_path / "npz" / "training"
+    everything, solved = (
+        pickled_npy.load(folder / name / "auto_lang_ann.npy").item() for name in ("lang_annotations", "lang_solved")
+    )
+    assert everything["info"]["indx"] == [(13, 17), (18, 24)] and solved["info"]["indx"] == [(13, 17)]
+    assert everything["language"]["task"] == ["open_drawer", "turn_on_led"] and solved["language"]["ann"] == ["open it"]
+    assert everything["language"]["emb"].shape == (2, 1, 384)
+    assert np.load(folder / "ep_start_end_ids.npy").tolist() == [[0, 11], [12, 23]]
+    assert pickled_npy.load(folder / "scene_info.npy").item() == {"calvin_scene_D": [0, 23]}
+    assert not (tmp_path / "npz" / "validation").exists()
 
 
 # --- Faster pictures ---

@@ -175,8 +175,19 @@ class Episodes:
         Raises:
           ValueError: the shard that holds it is damaged.
         """
+        return self._read(index)["steps"]
+
+    def metadata(self, index: int) -> dict:
+        """What is known of one episode: source, id, first frame and annotations.
+
+        Raises:
+          ValueError: the shard that holds it is damaged.
+        """
+        return self._read(index)["episode_metadata"]
+
+    def _read(self, index: int) -> dict:
         try:
-            return self._source[index]["steps"]
+            return self._source[index]
         except Exception as error:  # of ArrayRecord, protobuf or TFDS
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

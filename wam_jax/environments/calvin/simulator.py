@@ -24,13 +24,14 @@ class Light:
 class Simulator:
     """A robot at one table, in a physics world of its own."""
 
-    def __init__(self, directory: str, scene_name: str = "D", *, pictures: bool = True):
+    def __init__(self, directory: str, scene_name: str = "D", *, pictures: bool = True, draw_all: bool = False):
         """Connects; nothing is loaded before `reset`.
 
         Args:
           directory: the assets, laid out like calvin_env's `data/`.
           scene_name: which table.
           pictures: False loads no visual shapes: half the time of a reset and half the memory, and the same states.
+          draw_all: True has links drawn that no picture can show: the same pixels, later; for comparison.
 
         Raises:
           ValueError: pybullet or files are missing, or the scene is unknown.
@@ -39,7 +40,7 @@ class Simulator:
         self._directory = directory
         assets.check(directory, self._scene)
         self._bullet = assets.World(assets.load_pybullet())
-        self._pictures = pictures
+        self._pictures, self._draw_all = pictures, draw_all
         self.target_position = self.target_euler = np.zeros(3)
 
     def close(self) -> None:
@@ -292,11 +293,12 @@ class Simulator:
 
     def _draw(self, view: tuple[float, ...], lens: scene.Lens, size: int) -> np.ndarray:
         """A picture; the renderer skips links that are invisible, which those that it cannot show become."""
-        unseen = cameras.out_of_view(self._bullet, self._robot, self._hulls, view, lens)
-        for link in unseen ^ self._invisible:
-            color = (*self._colors[link][:3], 0) if link in unseen else self._colors[link]
-            self._bullet.changeVisualShape(self._robot, link, rgbaColor=color)
-        self._invisible = unseen
+        if not self._draw_all:
+            unseen = cameras.out_of_view(self._bullet, self._robot, self._hulls, view, lens)
+            for link in unseen ^ self._invisible:
+                color = (*self._colors[link][:3], 0) if link in unseen else self._colors[link]
+                self._bullet.changeVisualShape(self._robot, link, rgbaColor=color)
+            self._invisible = unseen
         return cameras.render(self._bullet, view, lens, size)
 
 

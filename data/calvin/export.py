@@ -77,8 +77,10 @@ def _write_frames(folder: Path, source: Sequence[dict], firsts: Sequence[int], l
         rows = tqdm(zip(firsts, lengths, strict=True), folder.name, len(lengths), unit="episode", disable=None)
         for index, (first, length) in enumerate(rows):
             paths = [npz_folder.frame_path(folder, first + t) for t in range(length)]
-            if not all(path.exists() for path in paths):
-                list(pool.map(_write_frame, paths, source[index]["steps"]))
+            missing = [t for t, path in enumerate(paths) if not path.exists()]
+            if missing:
+                steps = list(source[index]["steps"])
+                list(pool.map(_write_frame, [paths[t] for t in missing], [steps[t] for t in missing]))
 
 
 def _write_frame(path: Path, step: dict) -> None:

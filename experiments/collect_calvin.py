@@ -171,7 +171,7 @@ def _collect(
     if (Path(directory) / rlds.INFO_FILE).exists():
         rlds.start_dataset(directory, plan)  # compares the plans
         return
-    cpu, wall, frames = _cpu_seconds(), time.monotonic(), 0
+    before, wall, frames = _cpu_seconds(), time.monotonic(), 0
     pools = recorder.pools()
     rlds.start_dataset(directory, plan)
     lengths: dict[str, list] = {shard.split: [[]] * shard.num_shards for shard in shards}
@@ -181,7 +181,8 @@ def _collect(
             lengths[shard.split][shard.index] = of_shard
             frames += recorded
             bar.update()
-    cpu, wall = _cpu_seconds() - cpu, time.monotonic() - wall
+    writing, simulating = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
+    wall = time.monotonic() - wall
     rlds.finish_dataset(directory, recorder.dataset_spec(name), lengths, description)
     json_files.write(
         Path(directory) / "collection.json",
@@ -197,8 +198,8 @@ def _collect(
                 "workers": len(pools),
                 "frames": frames,
                 "wall_seconds": round(wall, 1),
-                "cpu_seconds": round(cpu, 1),  # of workers and writer together
-                "frames_per_cpu_second": round(frames / cpu, 2),
+                "cpu_seconds": {"simulators": round(simulating, 2), "writer": round(writing, 2)},
+                "frames_per_cpu_second": round(frames / (simulating + writing), 2),
             },
         },
     )
@@ -246,10 +247,10 @@ def _seed(seed: int, name: str, *numbers: int) -> tuple[int, ...]:
     return seed, *numbers, *name.encode()
 
 
-def _cpu_seconds() -> float:
-    """Of this process and its children that have ended."""
+def _cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of its children that have ended."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.user + times.system, times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ Follows the expert of each task from a random start, with and without the links 
 compares the pictures, and writes environment.json. CPU seconds count: other programs do little harm.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import app, flags
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
     try:
-        figures = measure(simulators.calvin_options()["assets"], _NUM_STEPS.value)
+        with _silence():
+            figures = measure(simulators.calvin_options()["assets"], _NUM_STEPS.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
     json_files.write(os.path.join(_OUTPUT.value, "environment.json"), figures)
@@ -84,6 +86,19 @@ def measure(directory: str, num_steps: int) -> dict:
             "reset": round(1000 * seconds["reset"] / (2 * len(specs.TASKS)), 2),
         },
     }
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what pybullet's C code prints off the terminal."""
+    stdout = os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 if __name__ == "__main__":

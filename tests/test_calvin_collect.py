@@ -57,7 +57,7 @@ def blind():
 
 @needs_simulator
 def test_play_succeeds_and_fails_at_every_turn(blind):
-    tracks = [play.record_play(blind, 1500, (0, episode)) for episode in range(2)]
+    tracks = [play.record_play(blind, 1000, (0, episode)) for episode in range(2)]
     solved = []
     for track in tracks:
         annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
@@ -65,7 +65,7 @@ def test_play_succeeds_and_fails_at_every_turn(blind):
         solved += [(a.task, reward[a.start : a.end].max() > 0) for a in track.attempts]
         assert np.abs(track.actions[:, :6]).max() <= 1 and set(track.actions[:, 6]) == {-1, 1}
         covered = sum(a.end - a.start for a in track.attempts)
-        assert 0.2 < 1 - covered / 1500 < 0.7  # free motion
+        assert 0.2 < 1 - covered / 1000 < 0.7  # free motion
         assert all(a.end <= b.start for a, b in zip(track.attempts, track.attempts[1:], strict=False))
         for key in (2, 7):  # a hand or a joint that left its range would have run away
             assert np.abs(track.robot_obs[:, key]).max() < 3
@@ -161,7 +161,9 @@ def test_the_cost_is_noted(workdir):
     with open(workdir / "data" / "calvin_play" / "collection.json") as file:
         notes = json.load(file)
     assert notes["frames"] == {"train": 30, "validation": 6} and notes["this_run"]["frames"] == 36
-    assert notes["this_run"]["frames_per_cpu_second"] == pytest.approx(36 / notes["this_run"]["cpu_seconds"], rel=0.1)
+    seconds = notes["this_run"]["cpu_seconds"]
+    assert min(seconds.values()) > 0
+    assert notes["this_run"]["frames_per_cpu_second"] == pytest.approx(36 / sum(seconds.values()), rel=0.1)
     assert notes["simulator"]["renderer"] == "TinyRenderer"
 
 

@@ -57,21 +57,17 @@ def blind():
 
 @needs_simulator
 def test_play_succeeds_and_fails_at_every_turn(blind):
-    tracks = [play.record_play(blind, 1000, (0, episode)) for episode in range(2)]
-    solved = []
-    for track in tracks:
-        annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
-        _, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
-        solved += [(a.task, reward[a.start : a.end].max() > 0) for a in track.attempts]
-        assert np.abs(track.actions[:, :6]).max() <= 1 and set(track.actions[:, 6]) == {-1, 1}
-        covered = sum(a.end - a.start for a in track.attempts)
-        assert 0.2 < 1 - covered / 1000 < 0.7  # free motion
-        assert all(a.end <= b.start for a, b in zip(track.attempts, track.attempts[1:], strict=False))
-        for key in (2, 7):  # a hand or a joint that left its range would have run away
-            assert np.abs(track.robot_obs[:, key]).max() < 3
+    track = play.record_play(blind, 1200, (0, 0))
+    annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
+    _, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
+    solved = [(a.task, reward[a.start : a.end].max() > 0) for a in track.attempts]
     assert 0.25 < np.mean([success for _, success in solved]) < 0.8
-    assert {task for task, success in solved if success} >= set(specs.TASKS) - {"turn_on_lightbulb"}
-    assert {task for task, success in solved if not success} >= set(specs.TASKS[:4])
+    assert len({task for task, _ in solved}) >= 6
+    assert min(len({task for task, success in solved if success == kind}) for kind in (True, False)) >= 3
+    assert all(a.end <= b.start for a, b in zip(track.attempts, track.attempts[1:], strict=False))
+    assert 0.2 < 1 - sum(a.end - a.start for a in track.attempts) / 1200 < 0.7  # free motion
+    assert np.abs(track.actions[:, :6]).max() <= 1 and set(track.actions[:, 6]) == {-1, 1}
+    assert np.abs(track.robot_obs[:, :3]).max() < 1  # an arm that was jammed for good would have run away
 
 
 @needs_simulator

@@ -64,7 +64,13 @@ class Recorder:
         return rlds.DatasetSpec(name, (static,) * 2, (gripper,) * 2, (("action_absolute", specs.ACTION_DIM),))
 
     def pools(self) -> list[Pool]:
-        """Workers, each in a pool of its own."""
+        """Workers, each in a pool of its own.
+
+        Raises:
+          ValueError: their number is negative, or the simulator cannot run here.
+        """
+        if self.num_workers < 0:
+            raise ValueError(f"--calvin_workers={self.num_workers}; expected 1 or more, or 0 for one on each core")
         settings = Settings(self.assets, "D", *self.sizes)
         return [Pool(settings, 1, self.python) for _ in range(self.num_workers or os.cpu_count() or 1)]
 

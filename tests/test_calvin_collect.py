@@ -215,6 +215,8 @@ def test_what_cannot_be_collected_is_named(tmp_path):
         collect_calvin.run(config(environment="playtable"), str(tmp_path))
     with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         collect(tmp_path, assets="")
+    with pytest.raises(ValueError, match="--calvin_workers=-1; expected 1 or more, or 0"):
+        collect(tmp_path, num_workers=-1)
     assert not list(tmp_path.iterdir())
 
 

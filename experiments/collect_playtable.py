@@ -34,7 +34,7 @@ def collect_play(directory: str, config) -> None:
     counts = {"train": settings.play_episodes, "validation": settings.validation_episodes}
     if rlds.start_dataset(directory, plan | counts):
         return
-    spec = rlds.DatasetSpec(launch.PLAY, (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
+    spec = rlds.DatasetSpec(launch.dataset_name(config, "play"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
     shards = [(split, first) for split, count in counts.items() for first in range(0, count, EPISODES_PER_SHARD)]
     lengths: dict[str, list] = {split: [] for split in counts}
     for split, first in tqdm(shards, desc="collecting play", unit="shard"):
@@ -59,7 +59,9 @@ def collect_demonstrations(directory: str, config) -> None:
     plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
     if rlds.start_dataset(directory, plan):
         return
-    spec = rlds.DatasetSpec(launch.DEMONSTRATIONS, (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
+    spec = rlds.DatasetSpec(
+        launch.dataset_name(config, "demonstrations"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2
+    )
     lengths = []
     for index, task in enumerate(tqdm(tasks, desc="collecting demonstrations", unit="task")):
         episodes = _demonstrations(config.seed, task, count)

@@ -18,7 +18,6 @@ from wam_jax import datasets, environments, input_pipeline, json_files, parallel
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
-PLAY, DEMONSTRATIONS = "playtable_play", "playtable_demonstrations"  # names of the datasets that are collected
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
 _LOCKS: list = []  # open lock files, for as long as the process lives
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
@@ -319,21 +318,33 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 def play_directory(config: FrozenConfigDict, workdir: str) -> str:
     """Where the play is: the config's, or what was collected into the workdir."""
-    return _dataset_directory(config, workdir, "play", PLAY)
+    return _dataset_directory(config, workdir, "play")
 
 
 def demonstration_directory(config: FrozenConfigDict, workdir: str) -> str:
     """Where the demonstrations are: the config's, or what was collected into the workdir."""
-    return _dataset_directory(config, workdir, "demonstrations", DEMONSTRATIONS)
+    return _dataset_directory(config, workdir, "demonstrations")
 
 
-def _dataset_directory(config, workdir: str, key: str, name: str) -> str:
-    if config.environment != "playtable" and not config.dataset[key]:
+def _dataset_directory(config, workdir: str, key: str) -> str:
+    collected = collected_directory(config, workdir, key)
+    if config.environment != "playtable" and not config.dataset[key] and not os.path.isdir(collected):
         raise ValueError(
-            f"config.dataset.{key} is empty, and environment {config.environment!r} is not collected here; give "
-            f"its shards: --config.dataset.{key}=DIR (see data/README.md)"
+            f"config.dataset.{key} is empty, and {collected} does not exist; collect it there with "
+            f"experiments.collect_{config.environment}, or give its shards: --config.dataset.{key}=DIR (see "
+            "data/README.md)"
         )
-    return config.dataset[key] or os.path.join(workdir, "data", name)
+    return config.dataset[key] or collected
+
+
+def dataset_name(config: FrozenConfigDict, key: str) -> str:
+    """The name of a dataset that is collected; `key` is "play" or "demonstrations"."""
+    return f"{config.environment}_{key}"
+
+
+def collected_directory(config: FrozenConfigDict, workdir: str, key: str) -> str:
+    """Where a dataset is collected to."""
+    return os.path.join(workdir, "data", dataset_name(config, key))
 
 
 def stage_settings(settings: FrozenConfigDict, **changes) -> FrozenConfigDict:

@@ -10,6 +10,7 @@ import jax
 from absl import logging
 
 from experiments import (
+    collect_calvin,
     collect_playtable,
     evaluate,
     finetune_policy,
@@ -28,7 +29,7 @@ def run(config, workdir: str) -> None:
     """Runs every stage and prints the table."""
     simulators.make(config.environment)  # before hours of work, not after them
     stages = {
-        "collect": collect_playtable.run,
+        "collect": collect_calvin.run if config.environment == "calvin" else collect_playtable.run,
         "world_model": train_world_model.run,
         "policy": train_policy.run,
         "reward": train_reward.run,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -27,14 +28,12 @@ def make(name: str, pictures: bool = True) -> Environment:
     """
     if name != "calvin":
         return environments.make(name)
-    return environments.make(
-        name,
-        assets=_flag("calvin_assets"),
-        starts_file=_flag("starts"),
-        num_workers=_flag("calvin_workers"),
-        python=_flag("calvin_python"),
-        pictures=pictures,
-    )
+    return environments.make(name, **calvin_options(), starts_file=_flag("starts"), pictures=pictures)
+
+
+def calvin_options() -> dict[str, Any]:
+    """What the command line says of CALVIN's workers: assets, num_workers, python."""
+    return {"assets": _flag("calvin_assets"), "num_workers": _flag("calvin_workers"), "python": _flag("calvin_python")}
 
 
 def describe(environment: Environment) -> str:

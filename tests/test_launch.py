@@ -246,7 +246,7 @@ def test_programs_are_cached_where_the_environment_says(tmp_path, monkeypatch, u
 def test_datasets_are_the_configs_or_the_workdirs():
     config = FrozenConfigDict(change("dataset.play", "elsewhere"))
     assert launch.play_directory(config, "run") == "elsewhere"
-    assert launch.demonstration_directory(config, "run") == f"run/data/{launch.DEMONSTRATIONS}"
+    assert launch.demonstration_directory(config, "run") == "run/data/playtable_demonstrations"
 
 
 def test_recorded_data_is_not_collected_and_a_simulator_without_assets_refused(tmp_path):

@@ -78,6 +78,22 @@ def read_attempts(
     return attempts
 
 
+def count_attempts(directory: str | Path, split: str) -> dict[str, dict[str, int]]:
+    """For each task of specs.TASKS how many annotated attempts there are, and how many of them the oracle finds solved.
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+    """
+    source = Episodes(open_builder(directory, split), split)
+    counts = {task: {"attempts": 0, "solved": 0} for task in specs.TASKS}
+    for index in range(len(source)):
+        steps = source.steps(index)
+        for task, span in attempt_spans(_task_indices(steps["task"]), range(len(specs.TASKS)), min_steps=1):
+            counts[specs.TASKS[task]]["attempts"] += 1
+            counts[specs.TASKS[task]]["solved"] += int(np.max(steps["reward"][span]) > 0)
+    return counts
+
+
 def attempt_spans(labels: np.ndarray, tasks: Sequence[int], *, min_steps: int) -> list[tuple[int, slice]]:
     """Stretches of one label, of at least `min_steps`, that are one of `tasks`: (task, span) in the order of time."""
     change = np.flatnonzero(np.diff(labels, prepend=-2, append=-2))
@@ -220,8 +236,19 @@ class Episodes:
         Raises:
           ValueError: the shard that holds it is damaged.
         """
+        return self._read(index)["steps"]
+
+    def metadata(self, index: int) -> dict:
+        """What is known of one episode: source, id, first frame and annotations.
+
+        Raises:
+          ValueError: the shard that holds it is damaged.
+        """
+        return self._read(index)["episode_metadata"]
+
+    def _read(self, index: int) -> dict:
         try:
-            return self._source[index]["steps"]
+            return self._source[index]
         except Exception as error:  # of ArrayRecord, protobuf or TFDS
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.calvin import npz_folder
 from data.calvin.npz_folder import Folder, LanguageAnnotation
-from wam_jax import rlds, specs
+from wam_jax import rlds
 from wam_jax.datasets import resize
 from wam_jax.types import Observation, StepBatch
 
@@ -98,8 +98,10 @@ def read_episode(folder: Folder, plan: PlannedEpisode, image_size: int) -> rlds.
     """
     frames = [_read_frame(folder, number, image_size) for number in range(plan.first, plan.last + 1)]
     stacked = {key: np.stack([frame[key] for frame in frames]) for key in npz_folder.FRAME_ARRAYS}
-    spans = [dataclasses.replace(a, start=a.start - plan.first, end=a.end - plan.first) for a in plan.annotations]
-    task, reward = _tasks_and_rewards(spans, stacked["scene_obs"])
+    annotations = [
+        rlds.Annotation(a.start - plan.first, a.end - plan.first, a.task, a.instruction) for a in plan.annotations
+    ]
+    task, reward = rlds.tasks_and_rewards(annotations, stacked["scene_obs"])
     position = np.arange(len(plan))
     steps = StepBatch(
         observation=Observation(**{key: stacked[key] for key in Observation.__dataclass_fields__}),
@@ -114,7 +116,7 @@ def read_episode(folder: Folder, plan: PlannedEpisode, image_size: int) -> rlds.
         source=folder.scene_of(plan.first),
         episode_id=f"{folder.path.name}_{plan.first:07d}_{plan.last:07d}",
         first_frame=plan.first,
-        annotations=[rlds.Annotation(span.start, span.end, span.task, span.instruction) for span in spans],
+        annotations=annotations,
         extra={"action_absolute": stacked["actions"]},
     )
 
@@ -125,16 +127,3 @@ def _read_frame(folder: Folder, number: int, image_size: int) -> dict[str, np.nd
         for camera in ("rgb_static", "rgb_gripper"):
             frame[camera] = resize(frame[camera], image_size)
     return frame
-
-
-def _tasks_and_rewards(spans: Sequence[LanguageAnnotation], scene_obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The task index and the reward of each step; where annotations overlap, the later one counts."""
-    task = np.full(len(scene_obs), -1, np.int32)
-    reward = np.zeros(len(scene_obs), np.float32)
-    for span in spans:
-        steps = slice(span.start, span.end)
-        task[steps], reward[steps] = -1, 0
-        if span.task in specs.TASKS:
-            task[steps] = specs.task_index(span.task)
-            reward[steps] = specs.task_success(task[span.start], scene_obs[span.start], scene_obs[steps])
-    return task, reward

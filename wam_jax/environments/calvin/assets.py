@@ -7,6 +7,8 @@ import re
 import sys
 from typing import Any
 
+import numpy as np
+
 from wam_jax.environments.calvin import scene
 from wam_jax.environments.calvin.scene import Scene
 
@@ -163,6 +165,13 @@ def _is_pointer(directory: str, name: str) -> bool:
 def _has_vertices(directory: str, name: str) -> bool:
     with open(path(directory, name), "rb") as file:
         return any(line.startswith(b"v ") for line in file)
+
+
+@functools.cache
+def mesh_vertices(path: str) -> np.ndarray:
+    """Vertices of an OBJ file, float64 [n, 3]."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return np.array([line.split()[1:4] for line in file if line.startswith("v ")], np.float64)
 
 
 def check_links(bullet: Any, body: int, urdf: str, links: dict[int, str]) -> None:

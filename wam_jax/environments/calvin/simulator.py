@@ -24,13 +24,14 @@ class Light:
 class Simulator:
     """A robot at one table, in a physics world of its own."""
 
-    def __init__(self, directory: str, scene_name: str = "D", *, pictures: bool = True):
+    def __init__(self, directory: str, scene_name: str = "D", *, pictures: bool = True, draw_all: bool = False):
         """Connects; nothing is loaded before `reset`.
 
         Args:
           directory: the assets, laid out like calvin_env's `data/`.
           scene_name: which table.
           pictures: False loads no visual shapes: half the time of a reset and half the memory, and the same states.
+          draw_all: True has links drawn that no picture can show: the same pixels, later; for comparison.
 
         Raises:
           ValueError: pybullet or files are missing, or the scene is unknown.
@@ -39,7 +40,7 @@ class Simulator:
         self._directory = directory
         assets.check(directory, self._scene)
         self._bullet = assets.World(assets.load_pybullet())
-        self._pictures = pictures
+        self._pictures, self._draw_all = pictures, draw_all
         self.target_position = self.target_euler = np.zeros(3)
 
     def close(self) -> None:
@@ -88,6 +89,9 @@ class Simulator:
         bullet = self._bullet
         self._robot = self._load_body(scene.ROBOT_URDF, basePosition=scene.ROBOT_BASE, useFixedBase=True)
         assets.check_links(bullet, self._robot, scene.ROBOT_URDF, scene.ROBOT_LINKS)
+        self._colors = {shape[1]: shape[7] for shape in bullet.getVisualShapeData(self._robot)}
+        self._hulls = cameras.hulls(bullet, self._robot) if self._pictures else {}
+        self._invisible: frozenset[int] = frozenset()
         stand = bullet.createVisualShape(
             bullet.GEOM_CYLINDER, radius=scene.STAND_RADIUS, length=scene.STAND_LENGTH, rgbaColor=(1, 1, 1, 1)
         )
@@ -291,9 +295,18 @@ class Simulator:
         """
         if not self._pictures:
             raise ValueError("this simulator was built with pictures=False, for states alone")
-        static = cameras.render(self._bullet, cameras.static_view(self._bullet), scene.STATIC_LENS, static_size)
-        view = cameras.gripper_view(self._bullet, self._robot)
-        return static, cameras.render(self._bullet, view, scene.GRIPPER_LENS, gripper_size)
+        static = self._draw(cameras.static_view(self._bullet), scene.STATIC_LENS, static_size)
+        return static, self._draw(cameras.gripper_view(self._bullet, self._robot), scene.GRIPPER_LENS, gripper_size)
+
+    def _draw(self, view: tuple[float, ...], lens: scene.Lens, size: int) -> np.ndarray:
+        """A picture; the renderer skips links that are invisible, which those that it cannot show become."""
+        if not self._draw_all:
+            unseen = cameras.out_of_view(self._bullet, self._robot, self._hulls, view, lens)
+            for link in unseen ^ self._invisible:
+                color = (*self._colors[link][:3], 0) if link in unseen else self._colors[link]
+                self._bullet.changeVisualShape(self._robot, link, rgbaColor=color)
+            self._invisible = unseen
+        return cameras.render(self._bullet, view, lens, size)
 
 
 def check_action(action: Any) -> np.ndarray:

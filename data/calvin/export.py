@@ -1,0 +1,144 @@
+"""Writes a dataset of this project in CALVIN's own layout, one npz file a frame: the way back from `convert`.
+
+    python -m data.calvin.export --input=runs/calvin_scripted/data/calvin_play --output=calvin_scripted
+
+The dataset must have CALVIN's sizes of pictures (`collect_calvin --calvin_image_size=0`, `convert --image_size=0`). An
+episode becomes a range of frames; frames are numbered through both folders. Files that are there are kept, so the same
+command goes on after an interruption.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from data.calvin import npz_folder
+from wam_jax import datasets
+
+FOLDERS = {"train": "training", "validation": "validation"}
+_EMBEDDING_SHAPE = (1, 384)  # of a sentence in the original's files
+
+
+def export(directory: Path, output: Path) -> None:
+    """Writes training/ and, where the dataset has that split, validation/.
+
+    Args:
+      directory: of the dataset.
+      output: gets the two folders.
+
+    Raises:
+      ValueError: no complete dataset there, or one that lacks what CALVIN's files hold.
+    """
+    builder = datasets.open_builder(directory, "train")
+    _check(directory, builder)
+    first, scenes = 0, dict[str, list[int]]()
+    for split, name in FOLDERS.items():
+        if split not in builder.info.splits:
+            continue
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        lengths = datasets.episode_lengths(directory, split)
+        firsts = [first + sum(lengths[:i]) for i in range(len(lengths))]
+        _write_frames(folder, builder.as_data_source(split), firsts, lengths)
+        episodes = datasets.Episodes(builder, split)
+        for index, (begin, length) in enumerate(zip(firsts, lengths, strict=True)):
+            source = episodes.metadata(index)["source"].decode()
+            low, high = scenes.get(source, (begin, begin))
+            scenes[source] = [min(low, begin), max(high, begin + length - 1)]
+        _save(folder / "ep_start_end_ids.npy", np.array([[a, a + n - 1] for a, n in zip(firsts, lengths, strict=True)]))
+        _save(folder / "ep_lens.npy", np.array(lengths))
+        for language, solved_only in (("lang_annotations", False), ("lang_solved", True)):
+            annotations = list(_annotations(episodes, firsts, solved_only))
+            _save(folder / language / "auto_lang_ann.npy", np.array(_language(annotations), dtype=object))
+        first += sum(lengths)
+    _save(output / FOLDERS["train"] / "scene_info.npy", np.array(scenes, dtype=object))
+
+
+def _check(directory: Path, builder: Any) -> None:
+    step = builder.info.features["steps"].feature
+    for key in ("rgb_static", "rgb_gripper"):
+        found, expected = step["observation"][key].shape, npz_folder.FRAME_ARRAYS[key][0]
+        if found != expected:
+            raise ValueError(
+                f"{directory}: {key} is {found}, CALVIN's files hold {expected}; collect with --calvin_image_size=0"
+            )
+    if "action_absolute" not in step:
+        raise ValueError(f"{directory} has no action_absolute; give a dataset of CALVIN, collected or converted")
+
+
+def _write_frames(folder: Path, source: Sequence[dict], firsts: Sequence[int], lengths: Sequence[int]) -> None:
+    with ThreadPoolExecutor(datasets.num_threads()) as pool:  # compression is outside the interpreter's lock
+        rows = tqdm(zip(firsts, lengths, strict=True), folder.name, len(lengths), unit="episode", disable=None)
+        for index, (first, length) in enumerate(rows):
+            paths = [npz_folder.frame_path(folder, first + t) for t in range(length)]
+            missing = [t for t, path in enumerate(paths) if not path.exists()]
+            if missing:
+                steps = list(source[index]["steps"])
+                list(pool.map(_write_frame, [paths[t] for t in missing], [steps[t] for t in missing]))
+
+
+def _write_frame(path: Path, step: dict) -> None:
+    arrays = {"actions": step["action_absolute"], "rel_actions": step["action"], **step["observation"]}
+    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _annotations(
+    episodes: datasets.Episodes, firsts: Sequence[int], solved_only: bool
+) -> Iterator[tuple[tuple[int, int], str, str]]:
+    """(first frame, one past the last), task and sentence of all annotations, or of those that the oracle confirms."""
+    for index, first in enumerate(firsts):
+        spans = episodes.metadata(index)["annotations"]
+        reward = episodes.steps(index)["reward"]
+        for start, end, task, text in zip(*(spans[k] for k in ("start", "end", "task", "instruction")), strict=True):
+            if not solved_only or np.max(reward[start:end]) > 0:
+                yield (first + int(start), first + int(end)), task.decode(), text.decode()
+
+
+def _language(annotations: Sequence[tuple[tuple[int, int], str, str]]) -> dict:
+    """The content of auto_lang_ann.npy; embeddings of the sentences are zeros."""
+    spans, tasks, sentences = (list(column) for column in zip(*annotations, strict=True)) if annotations else ([],) * 3
+    embeddings = np.zeros((len(annotations), *_EMBEDDING_SHAPE), np.float32)
+    return {
+        "language": {"ann": sentences, "task": tasks, "emb": embeddings},
+        "info": {"episodes": [], "indx": spans},
+    }
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, lambda file: np.save(file, array, allow_pickle=True))
+
+
+def _replace(path: Path, write: Callable[[Any], None]) -> None:
+    """Writes a file under a temporary name, and renames it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports what the flags say."""
+    if argv[1:]:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
+    try:
+        export(Path(_INPUT.value), Path(_OUTPUT.value))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: files are kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    _INPUT = flags.DEFINE_string("input", None, "The dataset's folder.", required=True)
+    _OUTPUT = flags.DEFINE_string(
+        "output", None, "Folder for training/ and validation/; made if missing.", required=True
+    )
+    app.run(main)

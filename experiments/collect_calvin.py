@@ -1,0 +1,263 @@
+"""Collects datasets in CALVIN's simulator: play chained from noisy experts, and demonstrations of the tasks.
+
+python -m experiments.collect_calvin --config=experiments/configs/calvin_d.py --calvin_assets=calvin_env/data \
+    --workdir=runs/calvin_scripted
+
+Writes WORKDIR/data/calvin_play and calvin_demonstrations, sizes by config.dataset. A process simulates one episode at a
+time; finished shards are kept, so that the same command goes on after an interruption and loses at most the shards that
+were being written. collection.json in each dataset says what the simulator was, what it cost and how often the experts
+succeeded.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import launch, simulators
+from wam_jax import datasets, json_files, metrics, rlds, specs
+from wam_jax.environments.calvin import play as calvin
+from wam_jax.environments.calvin import scene
+from wam_jax.environments.calvin.play import Track
+from wam_jax.environments.calvin.pool import Pool
+from wam_jax.environments.calvin.worker import Settings
+from wam_jax.types import Observation, StepBatch
+
+_IMAGE_SIZE = flags.DEFINE_integer("calvin_image_size", specs.IMAGE_SIZE, "Pixels of both cameras; 0: 200 and 84")
+_ACTIONS = flags.DEFINE_enum(
+    "calvin_actions", "reached", ("reached", "commanded"),
+    "What `action` holds: the way to the pose reached a step later, as in CALVIN's own data, or what was commanded",
+)  # fmt: skip
+
+PLAY_EPISODES_PER_SHARD, DEMONSTRATIONS_PER_SHARD = 4, 10
+_MAX_TRIES = 20  # per demonstration; experts need 1.1
+_SOURCE = "calvin_scene_D"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """How episodes are recorded, and what is written of them."""
+
+    assets: str
+    num_workers: int = 0  # 0: one for each core
+    python: str = ""
+    image_size: int = specs.IMAGE_SIZE  # 0: the original's 200 and 84
+    actions: str = "reached"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Pixels of the static and the gripper camera."""
+        return self.image_size or scene.STATIC_LENS.size, self.image_size or scene.GRIPPER_LENS.size
+
+    def dataset_spec(self, name: str) -> rlds.DatasetSpec:
+        """The fields are those of converted CALVIN data."""
+        static, gripper = self.sizes
+        return rlds.DatasetSpec(name, (static,) * 2, (gripper,) * 2, (("action_absolute", specs.ACTION_DIM),))
+
+    def pools(self) -> list[Pool]:
+        """Workers, each in a pool of its own.
+
+        Raises:
+          ValueError: their number is negative, or the simulator cannot run here.
+        """
+        if self.num_workers < 0:
+            raise ValueError(f"--calvin_workers={self.num_workers}; expected 1 or more, or 0 for one on each core")
+        settings = Settings(self.assets, "D", *self.sizes)
+        return [Pool(settings, 1, self.python) for _ in range(self.num_workers or os.cpu_count() or 1)]
+
+    def episode(self, track: Track, episode_id: str, first_frame: int = 0) -> rlds.Episode:
+        """An episode as it is written."""
+        absolute, reached = calvin.reached_actions(track.robot_obs)
+        annotations = [rlds.Annotation(a.start, a.end, a.task, specs.INSTRUCTIONS[a.task]) for a in track.attempts]
+        task, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
+        position = np.arange(len(track.actions))
+        steps = StepBatch(
+            Observation(track.rgb_static, track.rgb_gripper, track.robot_obs[:-1], track.scene_obs[:-1]),
+            action=reached if self.actions == "reached" else track.actions,
+            is_first=position == 0,
+            is_last=position == len(position) - 1,
+            task=task,
+            reward=reward,
+        )
+        return rlds.Episode(
+            steps, _SOURCE, episode_id, first_frame, annotations=annotations, extra={"action_absolute": absolute}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Episodes that are written together, recorded when they are asked for."""
+
+    split: str
+    index: int
+    num_shards: int
+    record: Callable[[Pool], Iterator[rlds.Episode]]
+
+
+def run(config, workdir: str) -> None:
+    """Collects what is missing; a finished dataset is left alone.
+
+    Raises:
+      ValueError: the config is not CALVIN's, or the simulator cannot run here.
+    """
+    if config.environment != "calvin":
+        raise ValueError(
+            f"config.environment={config.environment!r}; expected 'calvin': --config=experiments/configs/calvin_d.py"
+        )
+    if _IMAGE_SIZE.value < 0:
+        raise ValueError(f"--calvin_image_size={_IMAGE_SIZE.value}; expected 1 or more, or 0 for 200 and 84")
+    recorder = Recorder(**simulators.calvin_options(), image_size=_IMAGE_SIZE.value, actions=_ACTIONS.value)
+    for key, collect in (("play", collect_play), ("demonstrations", collect_demonstrations)):
+        if not config.dataset[key]:
+            collect(launch.collected_directory(config, workdir, key), config, recorder)
+
+
+def collect_play(directory: str, config, recorder: Recorder) -> None:
+    """Writes the splits "train" and "validation" of play; its frames are numbered as CALVIN numbers them."""
+    steps, firsts, shards = config.dataset.play_steps, {"train": 0}, []
+    counts = {"train": config.dataset.play_episodes, "validation": config.dataset.validation_episodes}
+    firsts["validation"] = counts["train"] * steps
+
+    def record(split: str, episodes: Sequence[int], pool: Pool) -> Iterator[rlds.Episode]:
+        folder = {"train": "training", "validation": "validation"}[split]
+        for episode in episodes:
+            track = calvin.record_play(pool, steps, _seed(config.seed, f"play/{split}", episode))
+            first = firsts[split] + episode * steps
+            yield recorder.episode(track, f"{folder}_{first:07d}_{first + steps - 1:07d}", first)
+
+    for split, count in counts.items():
+        parts = _parts(count, PLAY_EPISODES_PER_SHARD)
+        shards += [Shard(split, i, len(parts), functools.partial(record, split, p)) for i, p in enumerate(parts)]
+    plan = {"kind": "play", "seed": config.seed, "steps": steps, **counts}
+    name = launch.dataset_name(config, "play")
+    _collect(
+        directory, name, plan, shards, recorder, "CALVIN, scene D: play chained from noisy experts, with failures."
+    )
+
+
+def collect_demonstrations(directory: str, config, recorder: Recorder) -> None:
+    """Writes successful demonstrations of each of the config's tasks."""
+    count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
+
+    def record(task: str, numbers: Sequence[int], pool: Pool) -> Iterator[rlds.Episode]:
+        for number in numbers:
+            yield recorder.episode(_demonstration(pool, config.seed, task, number), f"{task}-{number}")
+
+    parts = [(task, part) for task in tasks for part in _parts(count, DEMONSTRATIONS_PER_SHARD)]
+    shards = [Shard("train", i, len(parts), functools.partial(record, *part)) for i, part in enumerate(parts)]
+    plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
+    name = launch.dataset_name(config, "demonstrations")
+    _collect(directory, name, plan, shards, recorder, "CALVIN, scene D: successful demonstrations by experts.")
+
+
+def _demonstration(pool: Pool, seed: int, task: str, number: int) -> Track:
+    """The first of some tries that succeeds."""
+    for attempt in range(_MAX_TRIES):
+        words = _seed(seed, f"demonstrations/{task}", number, attempt)
+        track = calvin.record_demonstration(pool, task, specs.MAX_EPISODE_STEPS, words)
+        if track:
+            return track
+    raise RuntimeError(f"the expert of {task} failed {_MAX_TRIES} times in a row")
+
+
+def _collect(
+    directory: str, name: str, plan: Mapping, shards: Sequence[Shard], recorder: Recorder, description: str
+) -> None:
+    """Writes the shards that are missing, several at once, and then the dataset's metadata."""
+    plan = {**plan, "image_size": recorder.image_size, "actions": recorder.actions}
+    if (Path(directory) / rlds.INFO_FILE).exists():
+        rlds.start_dataset(directory, plan)  # compares the plans
+        return
+    before, wall, frames = _cpu_seconds(), time.monotonic(), 0
+    pools = recorder.pools()
+    rlds.start_dataset(directory, plan)
+    lengths: dict[str, list] = {shard.split: [[]] * shard.num_shards for shard in shards}
+    facts = pools[0].facts
+    with tqdm(total=len(shards), desc=f"collecting {name}", unit="shard", disable=None) as bar:
+        for shard, of_shard, recorded in _write_all(directory, recorder.dataset_spec(name), shards, pools):
+            lengths[shard.split][shard.index] = of_shard
+            frames += recorded
+            bar.update()
+    writing, simulating = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
+    wall = time.monotonic() - wall
+    rlds.finish_dataset(directory, recorder.dataset_spec(name), lengths, description)
+    json_files.write(
+        Path(directory) / "collection.json",
+        {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": metrics.machine(),
+            "simulator": facts,
+            "pixels": recorder.sizes,
+            "episodes": {split: sum(map(len, of_split)) for split, of_split in lengths.items()},
+            "frames": {split: sum(map(sum, of_split)) for split, of_split in lengths.items()},
+            "attempts": {split: datasets.count_attempts(directory, split) for split in lengths},
+            "this_run": {  # the last; shards of an interrupted one are not counted
+                "workers": len(pools),
+                "frames": frames,
+                "wall_seconds": round(wall, 1),
+                "cpu_seconds": {"simulators": round(simulating, 2), "writer": round(writing, 2)},
+                "frames_per_cpu_second": round(frames / (simulating + writing), 2),
+            },
+        },
+    )
+
+
+def _write_all(
+    directory: str, spec: rlds.DatasetSpec, shards: Sequence[Shard], pools: Sequence[Pool]
+) -> Iterator[tuple[Shard, list[int], int]]:
+    """Yields each shard as it is there, with its episodes' lengths and the frames recorded for it; ends the pools."""
+    free: queue.SimpleQueue[Pool] = queue.SimpleQueue()
+    for pool in pools:
+        free.put(pool)
+
+    def write(shard: Shard) -> tuple[list[int], int]:
+        pool, frames = free.get(), 0
+
+        def episodes() -> Iterator[rlds.Episode]:
+            nonlocal frames
+            for episode in shard.record(pool):
+                frames += len(episode.steps.is_first)
+                yield episode
+
+        try:
+            return rlds.write_shard(directory, spec, shard.split, shard.index, shard.num_shards, episodes()), frames
+        finally:
+            free.put(pool)
+
+    # Threads suffice: they wait for the workers, and PNGs are encoded outside the interpreter's lock.
+    with futures.ThreadPoolExecutor(len(pools)) as executor, contextlib.ExitStack() as at_the_end:
+        for pool in pools:
+            at_the_end.callback(pool.close)  # a thread whose pool is closed ends with an error
+        jobs = {executor.submit(write, shard): shard for shard in shards}
+        at_the_end.callback(executor.shutdown, wait=False, cancel_futures=True)
+        for job in futures.as_completed(jobs):
+            yield jobs[job], *job.result()
+
+
+def _parts(count: int, size: int) -> list[range]:
+    """Numbers 0 to `count` in parts of `size`."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _seed(seed: int, name: str, *numbers: int) -> tuple[int, ...]:
+    """Of one episode: it does not depend on the shard or the worker."""
+    return seed, *numbers, *name.encode()
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system, times.children_user + times.children_system
+
+
+if __name__ == "__main__":
+    launch.main(run)

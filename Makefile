@@ -23,7 +23,7 @@ quickstart: setup
 	$(BIN)/python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=$(WORKDIR)
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
 
 lint: setup
 	$(BIN)/ruff format --check .

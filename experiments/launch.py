@@ -80,7 +80,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         getattr(CONFIG.value, "seed", None)  # a file that could not be loaded raises only now
         return rest
-    except (flags.Error, OSError, ValueError) as error:
+    except OSError as error:
+        reason = [line.strip(" )") for line in str(error).splitlines() if line.strip()][-1]  # the cause stands last
+        sys.exit(f"error: the file that --config names cannot be read: {reason}")
+    except (flags.Error, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         loading = any("config file" in line or "Traceback" in line for line in lines)  # the cause stands last
         sys.exit(f"error: {lines[-1] if loading else '; '.join(lines)}")

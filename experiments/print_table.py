@@ -29,7 +29,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def combine(runs: dict[str, list[tables.Row]], *, pool_seeds: bool) -> list[tables.Row]:
-    """All rows; where two runs have the same column, their names tell the columns apart, unless seeds are pooled."""
+    """All rows; where two runs have the same column, their names tell the columns apart, unless seeds are pooled.
+
+    Raises:
+      ValueError: a run has no rows.
+    """
+    for name, rows in runs.items():
+        if not rows:
+            raise ValueError(f"{name}/table.json has no rows; run experiments.evaluate with this --workdir first")
     columns = {name: {(row.environment, row.method, row.stage) for row in rows} for name, rows in runs.items()}
     shared = collections.Counter(column for of_run in columns.values() for column in of_run).most_common(1)
     if pool_seeds or not shared or shared[0][1] == 1:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import helpers
 import jax
@@ -277,26 +276,41 @@ MISTAKES = {
 }
 
 
+# Each mistake in a process of its own, which begins after the imports that they share.
+RUN_EACH = """
+import json, os, sys
+from experiments import collect_playtable, launch
+
+for name, arguments in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        sys.argv = ["collect_playtable", *arguments]
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+        launch.main(collect_playtable.run)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What each mistake ends in."""
-    workdir = tmp_path_factory.mktemp("mistakes") / "run"
-
-    def run(arguments):
-        binary = ("-m", "experiments.collect_playtable", *arguments)
+    """What each mistake ends in: its exit status and its stderr; and the workdir."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    workdir = folder / "run"
+    commands = {}
+    for name, (arguments, _) in MISTAKES.items():
         named = not arguments or "--workdir=" in arguments
-        return helpers.run_python(*binary, *([] if named else [f"--workdir={workdir}"]))
-
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(run, [arguments for arguments, _ in MISTAKES.values()])
-    return dict(zip(MISTAKES, results, strict=True)), workdir
+        commands[str(folder / name)] = [*arguments, *([] if named else [f"--workdir={workdir}"])]
+    done = helpers.run_python("-c", RUN_EACH, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    statuses = [int(line) for line in done.stdout.splitlines()]
+    ends = {name: (status, (folder / name).read_text()) for name, status in zip(MISTAKES, statuses, strict=True)}
+    return ends, workdir
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_on_the_command_line_is_one_line(runs, mistake):
-    run, workdir = runs[0][mistake], runs[1]
-    assert run.returncode not in (0, None)
-    assert MISTAKES[mistake][1] in run.stderr, run.stderr
-    assert len(run.stderr.splitlines()) == 1, run.stderr
-    assert run.stderr.startswith("error: ")
+    (status, stderr), workdir = runs[0][mistake], runs[1]
+    assert status == 1
+    assert MISTAKES[mistake][1] in stderr, stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("error: ")
     assert not workdir.exists()

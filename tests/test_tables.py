@@ -84,6 +84,8 @@ def test_runs_of_one_method_stand_apart_unless_their_seeds_are_pooled():
     assert [cell.split()[0] for cell in apart["open drawer"]] == ["30.0", "80.0"]
     pooled = lines(print_table.combine(runs, pool_seeds=True))
     assert (pooled["task"], pooled["open drawer"][0].split()[0]) == (["playtable: wam bc"], "55.0")
+    with pytest.raises(ValueError, match="b/table.json has no rows"):
+        print_table.combine(runs | {"b": []}, pool_seeds=False)
     methods = {"a": [make_row()], "b": [make_row(method="dreamer_v2")]}
     assert lines(print_table.combine(methods, pool_seeds=False))["task"] == [
         "playtable: dreamer_v2 bc", "playtable: wam bc",

@@ -82,6 +82,7 @@ def _finish(shards: list[Shard], planned: Conversion) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Converts what the flags say, with Beam's options after `--`."""
+    pool.use_cpu()
     settings = Settings(_IMAGE_SIZE.value, _FRAMES_PER_SHARD.value, _MAX_EPISODE_STEPS.value, _LANGUAGE_FOLDER.value)
     output = Path(_OUTPUT.value)
     try:

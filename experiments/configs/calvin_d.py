@@ -19,5 +19,5 @@ def get_config(method: str = "wam") -> ConfigDict:
         config.dataset.cache = "none"  # 500,000 frames decoded are 12 GB
         config.world_model.compute_dtype = "bfloat16"  # ours, for accelerators; losses and parameters stay float32
         config.evaluation.num_episodes = 29  # WAM's start configurations a task
-        config.evaluation.batch_size = 16  # simulators at once
+        config.evaluation.batch_size = 16  # simulators at once, about 0.1 GB each
     return config

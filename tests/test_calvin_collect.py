@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from ml_collections import FrozenConfigDict
 from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
-from data.calvin import convert, export, pickled_npy
+from data.calvin import conversion, convert, export, pickled_npy
 from experiments import collect_calvin, launch
 from experiments.configs import calvin_d
 from wam_jax import datasets, rlds, specs
@@ -241,7 +241,7 @@ def test_the_npz_layout_converts_to_what_was_recorded(tmp_path):
     lost.unlink()
     export.export(tmp_path / "rlds", tmp_path / "npz")
     assert [path for path, before in times.items() if path.stat().st_mtime_ns != before] == [lost]
-    convert.convert(tmp_path / "npz", tmp_path / "converted", image_size=0)
+    convert.convert(tmp_path / "npz", tmp_path / "converted", conversion.Settings(image_size=0))
     for split in ("train", "validation"):
         helpers.assert_equal(all_of(tmp_path / "converted", split), all_of(tmp_path / "rlds", split))
     assert datasets.count_attempts(tmp_path / "converted", "train")["turn_off_led"]["attempts"] == 1

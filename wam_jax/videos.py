@@ -14,6 +14,7 @@ from wam_jax.types import Array, LatentState, Observation, Params
 from wam_jax.world_model import WorldModel
 
 CAPTION_HEIGHT = 22  # pixels
+GIF_COLOURS = 64
 
 
 def open_loop(
@@ -102,7 +103,8 @@ def _caption(image: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 def save_gif(path: str, frames: Sequence[np.ndarray], *, frames_per_second: float = specs.CONTROL_HZ / 2) -> None:
     """Writes an endless GIF, to a temporary name first; half of real time unless told otherwise."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+    # A palette for each frame, undithered: speckles would look like errors of the model, and cost a third of the file.
+    first, *rest = [Image.fromarray(frame).quantize(GIF_COLOURS, dither=Image.Dither.NONE) for frame in frames]
     duration = round(1000 / frames_per_second)
     first.save(path + ".tmp", format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
     os.replace(path + ".tmp", path)

@@ -1,11 +1,11 @@
 """Collects datasets in CALVIN's simulator: play chained from noisy experts, and demonstrations of the tasks.
 
-python -m experiments.collect_calvin --config=experiments/configs/calvin_d.py --calvin_assets=calvin_env/data \
+python -m experiments.collect_calvin --config=experiments/configs/calvin_d_scripted.py --calvin_assets=calvin_env/data \
     --workdir=runs/calvin_scripted
 
 Writes WORKDIR/data/calvin_play and calvin_demonstrations, sizes by config.dataset. A process simulates one episode at a
-time; finished shards are kept, so that the same command goes on after an interruption and loses at most the shards that
-were being written. collection.json in each dataset says what the simulator was, what it cost and how often the experts
+time; each is kept when it is finished, so that the same command goes on after an interruption and loses the running
+ones alone. collection.json in each dataset says what the simulator was, what it cost and how often the experts
 succeeded.
 """
 
@@ -24,7 +24,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import launch, simulators
-from wam_jax import datasets, json_files, metrics, rlds, specs
+from wam_jax import cores, datasets, images, json_files, metrics, rlds, shards, specs
 from wam_jax.environments.calvin import play as calvin
 from wam_jax.environments.calvin import scene
 from wam_jax.environments.calvin.play import Track
@@ -32,7 +32,6 @@ from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.worker import Settings
 from wam_jax.types import Observation, StepBatch
 
-_IMAGE_SIZE = flags.DEFINE_integer("calvin_image_size", specs.IMAGE_SIZE, "Pixels of both cameras; 0: 200 and 84")
 _ACTIONS = flags.DEFINE_enum(
     "calvin_actions", "reached", ("reached", "commanded"),
     "What `action` holds: the way to the pose reached a step later, as in CALVIN's own data, or what was commanded",
@@ -50,17 +49,17 @@ class Recorder:
     assets: str
     num_workers: int = 0  # 0: one for each core
     python: str = ""
-    image_size: int = specs.IMAGE_SIZE  # 0: the original's 200 and 84
+    pictures: str = "drawn"  # one of base.PICTURES
     actions: str = "reached"
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Pixels of the static and the gripper camera."""
-        return self.image_size or scene.STATIC_LENS.size, self.image_size or scene.GRIPPER_LENS.size
+        """Pixels of the static and the gripper camera, as they are drawn."""
+        return scene.picture_sizes(specs.IMAGE_SIZE if self.pictures == "drawn" else 0)
 
     def dataset_spec(self, name: str) -> rlds.DatasetSpec:
         """The fields are those of converted CALVIN data."""
-        static, gripper = self.sizes
+        static, gripper = self.sizes if self.pictures == "full" else (specs.IMAGE_SIZE,) * 2
         return rlds.DatasetSpec(name, (static,) * 2, (gripper,) * 2, (("action_absolute", specs.ACTION_DIM),))
 
     def pools(self) -> list[Pool]:
@@ -72,7 +71,7 @@ class Recorder:
         if self.num_workers < 0:
             raise ValueError(f"--calvin_workers={self.num_workers}; expected 1 or more, or 0 for one on each core")
         settings = Settings(self.assets, "D", *self.sizes)
-        return [Pool(settings, 1, self.python) for _ in range(self.num_workers or os.cpu_count() or 1)]
+        return [Pool(settings, 1, self.python) for _ in range(self.num_workers or cores.count())]
 
     def episode(self, track: Track, episode_id: str, first_frame: int = 0) -> rlds.Episode:
         """An episode as it is written."""
@@ -80,8 +79,11 @@ class Recorder:
         annotations = [rlds.Annotation(a.start, a.end, a.task, specs.INSTRUCTIONS[a.task]) for a in track.attempts]
         task, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
         position = np.arange(len(track.actions))
+        static, gripper = (track.rgb_static, track.rgb_gripper)
+        if self.pictures == "averaged":
+            static, gripper = (np.stack([*map(images.resize, seen)]) for seen in (static, gripper))
         steps = StepBatch(
-            Observation(track.rgb_static, track.rgb_gripper, track.robot_obs[:-1], track.scene_obs[:-1]),
+            Observation(static, gripper, track.robot_obs[:-1], track.scene_obs[:-1]),
             action=reached if self.actions == "reached" else track.actions,
             is_first=position == 0,
             is_last=position == len(position) - 1,
@@ -100,7 +102,11 @@ class Shard:
     split: str
     index: int
     num_shards: int
-    record: Callable[[Pool], Iterator[rlds.Episode]]
+    episodes: Sequence[Callable[[Pool], rlds.Episode]]  # each records one
+
+    def path(self, directory: str, spec: rlds.DatasetSpec) -> Path:
+        """Its file."""
+        return shards.shard_path(directory, spec.name, self.split, self.index, self.num_shards)
 
 
 def run(config, workdir: str) -> None:
@@ -111,11 +117,10 @@ def run(config, workdir: str) -> None:
     """
     if config.environment != "calvin":
         raise ValueError(
-            f"config.environment={config.environment!r}; expected 'calvin': --config=experiments/configs/calvin_d.py"
+            f"config.environment={config.environment!r}; expected 'calvin': "
+            "--config=experiments/configs/calvin_d_scripted.py"
         )
-    if _IMAGE_SIZE.value < 0:
-        raise ValueError(f"--calvin_image_size={_IMAGE_SIZE.value}; expected 1 or more, or 0 for 200 and 84")
-    recorder = Recorder(**simulators.calvin_options(), image_size=_IMAGE_SIZE.value, actions=_ACTIONS.value)
+    recorder = Recorder(**simulators.calvin_options(), pictures=config.dataset.pictures, actions=_ACTIONS.value)
     for key, collect in (("play", collect_play), ("demonstrations", collect_demonstrations)):
         if not config.dataset[key]:
             collect(launch.collected_directory(config, workdir, key), config, recorder)
@@ -123,24 +128,23 @@ def run(config, workdir: str) -> None:
 
 def collect_play(directory: str, config, recorder: Recorder) -> None:
     """Writes the splits "train" and "validation" of play; its frames are numbered as CALVIN numbers them."""
-    steps, firsts, shards = config.dataset.play_steps, {"train": 0}, []
+    steps, firsts, planned = config.dataset.play_steps, {"train": 0}, []
     counts = {"train": config.dataset.play_episodes, "validation": config.dataset.validation_episodes}
     firsts["validation"] = counts["train"] * steps
 
-    def record(split: str, episodes: Sequence[int], pool: Pool) -> Iterator[rlds.Episode]:
+    def record(split: str, episode: int, pool: Pool) -> rlds.Episode:
         folder = {"train": "training", "validation": "validation"}[split]
-        for episode in episodes:
-            track = calvin.record_play(pool, steps, _seed(config.seed, f"play/{split}", episode))
-            first = firsts[split] + episode * steps
-            yield recorder.episode(track, f"{folder}_{first:07d}_{first + steps - 1:07d}", first)
+        track = calvin.record_play(pool, steps, _seed(config.seed, f"play/{split}", episode))
+        first = firsts[split] + episode * steps
+        return recorder.episode(track, f"{folder}_{first:07d}_{first + steps - 1:07d}", first)
 
     for split, count in counts.items():
-        parts = _parts(count, PLAY_EPISODES_PER_SHARD)
-        shards += [Shard(split, i, len(parts), functools.partial(record, split, p)) for i, p in enumerate(parts)]
+        episodes = [functools.partial(record, split, episode) for episode in range(count)]
+        planned += _shards(split, _parts(episodes, PLAY_EPISODES_PER_SHARD))
     plan = {"kind": "play", "seed": config.seed, "steps": steps, **counts}
     name = launch.dataset_name(config, "play")
     _collect(
-        directory, name, plan, shards, recorder, "CALVIN, scene D: play chained from noisy experts, with failures."
+        directory, name, plan, planned, recorder, "CALVIN, scene D: play chained from noisy experts, with failures."
     )
 
 
@@ -148,15 +152,15 @@ def collect_demonstrations(directory: str, config, recorder: Recorder) -> None:
     """Writes successful demonstrations of each of the config's tasks."""
     count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
 
-    def record(task: str, numbers: Sequence[int], pool: Pool) -> Iterator[rlds.Episode]:
-        for number in numbers:
-            yield recorder.episode(_demonstration(pool, config.seed, task, number), f"{task}-{number}")
+    def record(task: str, number: int, pool: Pool) -> rlds.Episode:
+        return recorder.episode(_demonstration(pool, config.seed, task, number), f"{task}-{number}")
 
-    parts = [(task, part) for task in tasks for part in _parts(count, DEMONSTRATIONS_PER_SHARD)]
-    shards = [Shard("train", i, len(parts), functools.partial(record, *part)) for i, part in enumerate(parts)]
+    episodes = {task: [functools.partial(record, task, number) for number in range(count)] for task in tasks}
+    parts = [part for of_task in episodes.values() for part in _parts(of_task, DEMONSTRATIONS_PER_SHARD)]
     plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
     name = launch.dataset_name(config, "demonstrations")
-    _collect(directory, name, plan, shards, recorder, "CALVIN, scene D: successful demonstrations by experts.")
+    description = "CALVIN, scene D: successful demonstrations by experts."
+    _collect(directory, name, plan, _shards("train", parts), recorder, description)
 
 
 def _demonstration(pool: Pool, seed: int, task: str, number: int) -> Track:
@@ -170,37 +174,39 @@ def _demonstration(pool: Pool, seed: int, task: str, number: int) -> Track:
 
 
 def _collect(
-    directory: str, name: str, plan: Mapping, shards: Sequence[Shard], recorder: Recorder, description: str
+    directory: str, name: str, plan: Mapping, planned: Sequence[Shard], recorder: Recorder, description: str
 ) -> None:
-    """Writes the shards that are missing, several at once, and then the dataset's metadata."""
-    plan = {**plan, "image_size": recorder.image_size, "actions": recorder.actions}
+    """Records the episodes that are missing, several at once, and writes the dataset."""
+    plan = {**plan, "pictures": recorder.pictures, "actions": recorder.actions}
     if (Path(directory) / rlds.INFO_FILE).exists():
         rlds.start_dataset(directory, plan)  # compares the plans
         return
-    before, wall, frames = _cpu_seconds(), time.monotonic(), 0
+    before, wall, spec = _cpu_seconds(), time.monotonic(), recorder.dataset_spec(name)
     pools = recorder.pools()
     rlds.start_dataset(directory, plan)
-    lengths: dict[str, list] = {shard.split: [[]] * shard.num_shards for shard in shards}
-    facts = pools[0].facts
-    with tqdm(total=len(shards), desc=f"collecting {name}", unit="shard", disable=None) as bar:
-        for shard, of_shard, recorded in _write_all(directory, recorder.dataset_spec(name), shards, pools):
-            lengths[shard.split][shard.index] = of_shard
+    facts, frames = pools[0].facts, 0
+    with tqdm(total=sum(len(s.episodes) for s in planned), desc=f"collecting {name}", unit="ep", disable=None) as bar:
+        for recorded in _record_all(directory, spec, planned, pools):
             frames += recorded
             bar.update()
     writing, simulating = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
     wall = time.monotonic() - wall
-    rlds.finish_dataset(directory, recorder.dataset_spec(name), lengths, description)
+    lengths: dict[str, list] = {shard.split: [[]] * shard.num_shards for shard in planned}
+    for shard in planned:
+        lengths[shard.split][shard.index] = rlds.join_parts(shard.path(directory, spec), spec, len(shard.episodes))
+    rlds.finish_dataset(directory, spec, lengths, description)
     json_files.write(
         Path(directory) / "collection.json",
         {
             "date": time.strftime("%Y-%m-%d"),
             "machine": metrics.machine(),
             "simulator": facts,
-            "pixels": recorder.sizes,
+            "pictures": recorder.pictures,
+            "drawn_pixels": recorder.sizes,
             "episodes": {split: sum(map(len, of_split)) for split, of_split in lengths.items()},
             "frames": {split: sum(map(sum, of_split)) for split, of_split in lengths.items()},
             "attempts": {split: datasets.count_attempts(directory, split) for split in lengths},
-            "this_run": {  # the last; shards of an interrupted one are not counted
+            "this_run": {  # the last; episodes of an interrupted one are not counted
                 "workers": len(pools),
                 "frames": frames,
                 "wall_seconds": round(wall, 1),
@@ -211,25 +217,18 @@ def _collect(
     )
 
 
-def _write_all(
-    directory: str, spec: rlds.DatasetSpec, shards: Sequence[Shard], pools: Sequence[Pool]
-) -> Iterator[tuple[Shard, list[int], int]]:
-    """Yields each shard as it is there, with its episodes' lengths and the frames recorded for it; ends the pools."""
+def _record_all(
+    directory: str, spec: rlds.DatasetSpec, planned: Sequence[Shard], pools: Sequence[Pool]
+) -> Iterator[int]:
+    """Records what no shard and no part holds yet; yields the frames of each episode as it is there; ends the pools."""
     free: queue.SimpleQueue[Pool] = queue.SimpleQueue()
     for pool in pools:
         free.put(pool)
 
-    def write(shard: Shard) -> tuple[list[int], int]:
-        pool, frames = free.get(), 0
-
-        def episodes() -> Iterator[rlds.Episode]:
-            nonlocal frames
-            for episode in shard.record(pool):
-                frames += len(episode.steps.is_first)
-                yield episode
-
+    def record(shard: Path, number: int, episode: Callable[[Pool], rlds.Episode]) -> int:
+        pool = free.get()
         try:
-            return rlds.write_shard(directory, spec, shard.split, shard.index, shard.num_shards, episodes()), frames
+            return rlds.write_part(shard, number, spec, episode(pool))
         finally:
             free.put(pool)
 
@@ -237,15 +236,26 @@ def _write_all(
     with futures.ThreadPoolExecutor(len(pools)) as executor, contextlib.ExitStack() as at_the_end:
         for pool in pools:
             at_the_end.callback(pool.close)  # a thread whose pool is closed ends with an error
-        jobs = {executor.submit(write, shard): shard for shard in shards}
+        jobs = []
+        for shard in planned:
+            path = shard.path(directory, spec)
+            for number, episode in enumerate(shard.episodes):
+                if path.exists() or rlds.part_path(path, number).exists():
+                    yield 0
+                else:
+                    jobs.append(executor.submit(record, path, number, episode))
         at_the_end.callback(executor.shutdown, wait=False, cancel_futures=True)
         for job in futures.as_completed(jobs):
-            yield jobs[job], *job.result()
+            yield job.result()
 
 
-def _parts(count: int, size: int) -> list[range]:
-    """Numbers 0 to `count` in parts of `size`."""
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+def _parts(items: Sequence, size: int) -> list[Sequence]:
+    """Consecutive ones, `size` of them each; the last may be fewer."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _shards(split: str, parts: Sequence[Sequence]) -> list[Shard]:
+    return [Shard(split, index, len(parts), part) for index, part in enumerate(parts)]
 
 
 def _seed(seed: int, name: str, *numbers: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
     missing = [task for task in config.tasks if task not in done]
     # Whatever is missing or does not fit is named before any work.
     trained = {task: _load(config, workdir, stage, task) for task in missing}
-    environment = simulators.make(config.environment, pictures=stage != "expert" or films > 0)
+    environment = simulators.make(config, pictures=stage != "expert" or films > 0)
     simulators.check_starts(environment, config.tasks, config.evaluation.num_episodes)
     _check_simulator(path, [*rows, *tables.load_episodes(_episodes_path(workdir, stage))], environment)
     for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
@@ -221,8 +221,13 @@ def _choose_config(config: ConfigDict | None) -> ConfigDict:
         if _POLICY.value != "expert":
             raise ValueError(f"--policy={_POLICY.value} needs the config it was trained with: --config=FILE")
         config = (calvin_d if _ENVIRONMENT.value == "calvin" else quickstart).get_config()
-    if _ENVIRONMENT.value:
+    elif _POLICY.value != "expert" and _ENVIRONMENT.value not in (None, config.environment):
+        raise ValueError(
+            f"--environment={_ENVIRONMENT.value}, but the policies of {config.environment} are asked for; leave it out"
+        )
+    if _ENVIRONMENT.value not in (None, config.environment):
         config.environment = _ENVIRONMENT.value
+        config.dataset.pictures = "averaged" if _ENVIRONMENT.value == "calvin" else "drawn"
     return config
 
 

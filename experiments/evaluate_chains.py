@@ -67,7 +67,9 @@ def run(config, workdir: str) -> None:
     asked = chains.load(_CHAINS.value)
     if _NUM_CHAINS.value > len(asked):
         raise ValueError(f"--num_chains={_NUM_CHAINS.value}, but {_CHAINS.value} holds {len(asked)} chains")
-    environment = simulators.make("calvin", pictures=False)
+    if config.environment != "calvin":
+        raise ValueError(f"config.environment={config.environment!r}; chains are CALVIN's: leave --config out")
+    environment = simulators.make(config, pictures=False)
     assert isinstance(environment, Calvin)
     policy = chains.ScriptedPolicy(environment)
     print(report(evaluate(config, workdir, "expert", environment, policy, asked, _NUM_CHAINS.value)))

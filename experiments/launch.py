@@ -234,6 +234,11 @@ def _check_agreement(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     """Checks the sizes of what will be collected, and opens what is there already."""
     data, window = config.dataset, config.world_model.window_length
+    pictures = base.PICTURES if config.environment == "calvin" else base.PICTURES[:1]
+    if data.pictures not in pictures:
+        raise ValueError(
+            f"config.dataset.pictures={data.pictures!r}; expected one of {', '.join(pictures)} for {config.environment}"
+        )
     if data.cache not in input_pipeline.STORES:
         raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.STORES)}")
     if not data.play:

@@ -27,7 +27,7 @@ VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
 def run(config, workdir: str) -> None:
     """Runs every stage and prints the table."""
-    simulators.make(config.environment)  # before hours of work, not after them
+    simulators.check(config)
     stages = {
         "collect": collect_calvin.run if config.environment == "calvin" else collect_playtable.run,
         "world_model": train_world_model.run,
@@ -58,7 +58,7 @@ def film(config, workdir: str) -> None:
     policy = evaluate.latent_policy(config, workdir, "ppo", task)
     rng = jax.random.key(config.evaluation.seed)
     result = evaluation.rollout(  # a whole batch again: the evaluation's compiled programs serve
-        simulators.make(config.environment), policy, task, rng, films=1, max_steps=config.evaluation.max_steps,
+        simulators.make(config), policy, task, rng, films=1, max_steps=config.evaluation.max_steps,
         num_episodes=min(config.evaluation.batch_size, config.evaluation.num_episodes),
     )  # fmt: skip
     video, actions = jax.tree.map(lambda x: x[0], (result.video, result.actions))

@@ -6,9 +6,10 @@ from typing import Any
 
 from absl import flags
 
-from wam_jax import environments
+from wam_jax import environments, specs
 from wam_jax.environments.interface import Environment
 
+_CALVIN_FLAGS = ("calvin_assets", "starts", "calvin_workers", "calvin_python")
 flags.DEFINE_string("calvin_assets", "", "Folder of CALVIN's assets: calvin_env's data/, or one laid out like it")
 flags.DEFINE_string("starts", "", "CALVIN: npz of start states, taken in order; empty: random ones")
 flags.DEFINE_integer("calvin_workers", 0, "CALVIN: processes that simulate; 0: one for each core")
@@ -16,19 +17,41 @@ flags.DEFINE_string("calvin_python", "", "CALVIN: Python that has pybullet; empt
 
 
 @functools.lru_cache(maxsize=1)
-def make(name: str, pictures: bool = True) -> Environment:
-    """Builds an environment, or returns the one that was built last.
+def make(config, pictures: bool = True) -> Environment:
+    """Builds the config's environment, or returns the one that was built last.
 
     Args:
-      name: one of `environments.ENVIRONMENTS`.
+      config: the whole one.
       pictures: False: nobody looks, and nothing is drawn where that costs time.
 
     Raises:
       ValueError: it cannot run here, and why.
     """
-    if name != "calvin":
-        return environments.make(name)
-    return environments.make(name, **calvin_options(), starts_file=_flag("starts"), pictures=pictures)
+    if config.environment != "calvin":
+        given = [f"--{name}" for name in _CALVIN_FLAGS if flags.FLAGS[name].present]
+        if given:
+            raise ValueError(f"{', '.join(given)}: for CALVIN only, and config.environment={config.environment!r}")
+        return environments.make(config.environment)
+    return environments.make(
+        "calvin",
+        **calvin_options(),
+        starts_file=_flag("starts"),
+        image_size=specs.IMAGE_SIZE if config.dataset.pictures == "drawn" else 0,
+        pictures=pictures,
+    )
+
+
+def check(config) -> None:
+    """Checks, before hours of work, that the environment can run here and has a start for every episode.
+
+    Raises:
+      ValueError: what it lacks.
+    """
+    environment = make(config)
+    check_starts(environment, config.tasks, config.evaluation.num_episodes)
+    if hasattr(environment, "close"):
+        environment.close()  # its processes would wait for hours
+    make.cache_clear()
 
 
 def calvin_options() -> dict[str, Any]:

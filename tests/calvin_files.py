@@ -1,9 +1,31 @@
-"""Small folders in CALVIN's layout, and files in them to damage."""
+"""CALVIN's simulator where it is at hand; small folders in CALVIN's layout, and files in them to damage."""
 
+import os
+from pathlib import Path
+
+import helpers
 import numpy as np
+import pytest
 
 from data.calvin import npz_folder
 from wam_jax import specs
+
+SHARED = Path(os.environ.get("WAM_JAX_CALVIN", helpers.ROOT.parent / "shared" / "calvin"))
+ASSETS = SHARED / "assets"
+
+
+def _missing() -> str:
+    """Why the simulator cannot run here, if it cannot; where it was promised, that is an error."""
+    if "WAM_JAX_CALVIN" in os.environ and not ASSETS.is_dir():
+        raise FileNotFoundError(f"WAM_JAX_CALVIN={SHARED}, but there is no folder {ASSETS}")
+    try:
+        import pybullet  # noqa: F401
+    except ImportError:
+        return "pybullet is not installed: make calvin"
+    return "" if ASSETS.is_dir() else f"no assets of CALVIN in {ASSETS}; WAM_JAX_CALVIN names a folder that has them"
+
+
+needs_simulator = pytest.mark.skipif(bool(_missing()), reason=_missing())
 
 
 def save_pickled(path, value):

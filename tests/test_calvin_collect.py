@@ -10,18 +10,19 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from calvin_files import ASSETS, SHARED, needs_simulator
 from ml_collections import FrozenConfigDict
-from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
 from data.calvin import conversion, convert, export, pickled_npy
 from experiments import collect_calvin, launch
-from experiments.configs import calvin_d
+from experiments.configs import calvin_d_scripted
 from wam_jax import datasets, rlds, specs
 from wam_jax.environments.calvin import play
 from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.simulator import Simulator
 from wam_jax.environments.calvin.worker import Settings
 
+CONFIG = "experiments/configs/calvin_d_scripted.py"
 SIZES = {
     "dataset.play_episodes": 5,
     "dataset.validation_episodes": 1,
@@ -107,7 +108,7 @@ def test_reached_actions_are_those_of_the_original_recorder():
 
 
 def config(**changes):
-    changed = calvin_d.get_config()
+    changed = calvin_d_scripted.get_config()
     changed.update_from_flattened_dict(SIZES | changes)
     return FrozenConfigDict(changed)
 
@@ -173,23 +174,25 @@ def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(workdir
 
 
 @needs_simulator
-def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path):
+def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     flags = [f"--config.{key}={value}" for key, value in SIZES.items()]
-    command = [sys.executable, "-m", "experiments.collect_calvin", "--config=experiments/configs/calvin_d.py", *flags]
+    command = [sys.executable, "-m", "experiments.collect_calvin", f"--config={CONFIG}", *flags]
     options = [f"--workdir={tmp_path}", f"--calvin_assets={ASSETS}", "--calvin_workers=1"]
     process = subprocess.Popen([*command, *options], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not shards(tmp_path) or all(name.endswith(".tmp") for name in shards(tmp_path)):
+    parts = tmp_path / "data" / "calvin_play" / rlds.PARTS_FOLDER
+    while len(kept := [path for path in parts.glob("*") if path.suffix != ".tmp"]) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
     process.wait()
-    kept = {name: path.stat().st_mtime_ns for name, path in shards(tmp_path).items() if not name.endswith(".tmp")}
-    assert 0 < len(kept) < len(shards(workdir))
+    before, written = rlds.write_part, []
+    monkeypatch.setattr(rlds, "write_part", lambda *a: written.append(a) or before(*a))
     collect(tmp_path, num_workers=1)
+    assert len(kept) + len(written) == 6 + 2  # play, and a demonstration of each task: no episode is recorded twice
     expected = {name: path.read_bytes() for name, path in shards(workdir).items()}
     assert {name: path.read_bytes() for name, path in shards(tmp_path).items()} == expected
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+    assert not parts.exists()
 
 
 @needs_simulator
@@ -232,7 +235,7 @@ def all_of(directory, split):
 @needs_simulator
 def test_the_npz_layout_converts_to_what_was_recorded(tmp_path):
     settings = config(**{"dataset.play_episodes": 1, "dataset.play_steps": 14, "seed": 12})  # an attempt begins early
-    recorder = collect_calvin.Recorder(str(ASSETS), num_workers=1, image_size=0)
+    recorder = collect_calvin.Recorder(str(ASSETS), num_workers=1, pictures="full")
     collect_calvin.collect_play(str(tmp_path / "rlds"), settings, recorder)
     export.export(tmp_path / "rlds", tmp_path / "npz")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "npz").glob("*/episode_*.npz")}
@@ -245,11 +248,15 @@ def test_the_npz_layout_converts_to_what_was_recorded(tmp_path):
     for split in ("train", "validation"):
         helpers.assert_equal(all_of(tmp_path / "converted", split), all_of(tmp_path / "rlds", split))
     assert datasets.count_attempts(tmp_path / "converted", "train")["turn_off_led"]["attempts"] == 1
+    averaged = collect_calvin.Recorder(str(ASSETS), num_workers=1, pictures="averaged")
+    collect_calvin.collect_play(str(tmp_path / "averaged"), settings, averaged)
+    convert.convert(tmp_path / "npz", tmp_path / "small")
+    helpers.assert_equal(all_of(tmp_path / "small", "validation"), all_of(tmp_path / "averaged", "validation"))
 
 
 @needs_simulator
 def test_a_dataset_of_other_sizes_is_not_exported(workdir, tmp_path):
-    with pytest.raises(ValueError, match=r"rgb_static is \(64, 64, 3\).*collect with --calvin_image_size=0"):
+    with pytest.raises(ValueError, match=r"rgb_static is \(64, 64, 3\).*collect with --config.dataset.pictures=full"):
         export.export(workdir / "data" / "calvin_play", tmp_path)
 
 

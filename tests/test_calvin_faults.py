@@ -11,7 +11,7 @@ import threading
 import helpers
 import numpy as np
 import pytest
-from test_calvin_simulator import ASSETS, SHARED, needs_simulator
+from calvin_files import ASSETS, SHARED, needs_simulator
 
 from wam_jax.environments.calvin import assets, pool, recordings, scene
 from wam_jax.environments.calvin.pool import Pool, begin

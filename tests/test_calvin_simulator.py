@@ -10,27 +10,13 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from calvin_files import ASSETS, SHARED, needs_simulator
 
-from wam_jax import environments, evaluation, specs
+from wam_jax import environments, evaluation, images, specs
 from wam_jax.environments.calvin import assets, kinematics, oracle, recordings, scene, starts
 from wam_jax.environments.calvin.environment import Calvin
 from wam_jax.environments.calvin.pool import Pool, begin
 from wam_jax.environments.calvin.worker import Settings
-
-SHARED = Path(os.environ.get("WAM_JAX_CALVIN", helpers.ROOT.parent / "shared" / "calvin"))
-ASSETS = SHARED / "assets"
-
-
-def missing() -> str:
-    """Why the simulator cannot run here, if it cannot."""
-    try:
-        import pybullet  # noqa: F401
-    except ImportError:
-        return "pybullet is not installed"
-    return "" if ASSETS.is_dir() else f"no assets of CALVIN in {ASSETS}"
-
-
-needs_simulator = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +254,22 @@ def test_a_target_out_of_reach_is_reported_once(environment, recording, monkeypa
     assert len(said) == 1 and "episode 0: the target is out of reach" in said[0]
 
 
+@needs_simulator
+def test_pictures_of_the_recordings_sizes_are_averaged_as_the_converter_averages_them(recording):
+    start = recording.reset_robot_obs[None], recording.reset_scene_obs[None]
+    environment = environments.make("calvin", assets=str(ASSETS), num_workers=1, image_size=0)
+    full = Pool(Settings(str(ASSETS), "D", 200, 84), num_workers=1)
+    seen = environment.observe(environment.reset_to(*start))
+    (frames,) = full.look([begin(*(vector[0] for vector in start))], [True])
+    assert frames.rgb_static.shape == (1, 200, 200, 3) and frames.rgb_gripper.shape == (1, 84, 84, 3)
+    np.testing.assert_array_equal(seen.rgb_static[0], images.resize(frames.rgb_static[0]))
+    np.testing.assert_array_equal(seen.rgb_gripper[0], images.resize(frames.rgb_gripper[0]))
+    assert environment.facts["pixels"] == "200 and 84"
+    assert (seen.rgb_static[0] != recording.rgb_static[0]).any()  # which was drawn at 64
+    environment.close()
+    full.close()
+
+
 # --- What is refused ---
 
 
@@ -327,8 +329,9 @@ def test_without_pybullet_the_error_says_what_to_install(monkeypatch):
 
 
 def write_starts(path, **changes):
-    arrays = {f"{task}_robot_obs": np.tile(scene.EVALUATION_ROBOT_OBS, (1, 1)) for task in specs.TASKS}
-    arrays |= {f"{task}_scene_obs": np.zeros((1, 24)) for task in specs.TASKS}
+    tasks = "open_drawer", "turn_on_led", "turn_on_lightbulb"
+    arrays = {f"{task}_robot_obs": np.tile(scene.EVALUATION_ROBOT_OBS, (1, 1)) for task in tasks}
+    arrays |= {f"{task}_scene_obs": np.zeros((1, 24)) for task in tasks}
     np.savez(path, **{key: value for key, value in (arrays | changes).items() if value is not None})
     return str(path)
 
@@ -342,21 +345,36 @@ def write_starts(path, **changes):
             "start 0 of open_drawer cannot be used: the drawer is at 0.15, where open_drawer is done already or",
         ),
         ({"turn_on_led_scene_obs": np.ones((1, 24))}, "start 0 of turn_on_led cannot be used: the LED is at 1"),
+        (
+            {"turn_on_lightbulb_scene_obs": 0.06 * np.eye(24)[3:4]},  # the bulb is off, and would go on by itself
+            "the switch is at 0.06, where turn_on_lightbulb is done already or impossible; it needs -0.01 to 0.044",
+        ),
         ({"turn_on_led_robot_obs": np.full((1, 15), np.nan)}, "start 0 of turn_on_led cannot be used: .*not finite"),
         ({"open_drawer_robot_obs": np.zeros((2, 15))}, r"shapes \(2, 15\) and \(1, 24\)"),
-        ({"open_drawer_robot_obs": np.array([{}])}, "cannot read starts .*Object arrays"),
+        ({"open_drawer_robot_obs": np.array([{}])}, "cannot read the starts .*Object arrays"),
     ],
 )
 def test_starts_that_cannot_be_used_are_named(tmp_path, changes, message):
     path = write_starts(tmp_path / "starts.npz", **changes)
     with pytest.raises(ValueError, match=message):
-        starts.load(path, ("open_drawer", "turn_on_led"))
+        starts.load(path)
+
+
+def test_a_file_of_starts_needs_the_tasks_that_are_asked_for_alone(tmp_path):
+    path = write_starts(tmp_path / "starts.npz")
+    assert sorted(starts.load(path)) == ["open_drawer", "turn_on_lightbulb", "turn_on_led"]
+    np.savez(path, robot_obs=np.zeros((1, 15)))
+    with pytest.raises(ValueError, match="starts.npz holds no starts; expected TASK_robot_obs and TASK_scene_obs"):
+        starts.load(path)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="cannot read the starts .*single.npy: it is a single array"):
+        starts.load(str(tmp_path / "single.npy"))
 
 
 def test_a_cut_file_is_named(tmp_path):
     path = Path(write_starts(tmp_path / "starts.npz"))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="cannot read starts from"):
+    with pytest.raises(ValueError, match="cannot read the starts"):
         starts.load(str(path))
     with pytest.raises(ValueError, match="cannot read the recording"):
         recordings.load(str(path))

@@ -7,8 +7,8 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from calvin_files import ASSETS, SHARED, needs_simulator
 from ml_collections import FrozenConfigDict
-from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
 from experiments import evaluate_chains
 from wam_jax import chains, environments
@@ -136,10 +136,10 @@ def write(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sequences": None}, "cannot read chains from .*: it has no sequences"),
+        ({"sequences": None}, "cannot read the chains .*: it has no sequences"),
         ({"sequences": np.array([["open_drawer"], ["open_door"]])}, "names unknown tasks: open_door"),
         ({"robot_obs": np.zeros((3, 15))}, r"has shapes \(3, 15\), \(2, 24\) and \(2, 1\); expected"),
-        ({"sequences": np.array([[{}], [{}]])}, "cannot read chains from .*Object arrays"),
+        ({"sequences": np.array([[{}], [{}]])}, "cannot read the chains .*Object arrays"),
     ],
 )
 def test_chains_that_cannot_be_used_are_named(tmp_path, changes, message):

@@ -6,8 +6,9 @@ from unittest import mock
 import helpers
 import numpy as np
 import pytest
+from absl import flags
+from calvin_files import ASSETS, SHARED, needs_simulator
 from PIL import Image
-from test_calvin_simulator import ASSETS, SHARED, needs_simulator
 
 from experiments import evaluate, simulators
 from wam_jax import environments, evaluation, specs, tables
@@ -123,6 +124,29 @@ def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
         ValueError, match="its results are of starts a.npz, not of starts random; use another --workdir"
     ):
         evaluate.run(make_config(), str(tmp_path), "expert")
+
+
+def test_flags_of_calvin_are_refused_for_another_environment(monkeypatch):
+    for name in ("starts", "calvin_assets"):
+        monkeypatch.setattr(flags.FLAGS[name], "present", 1)
+    with pytest.raises(ValueError, match="--calvin_assets, --starts: for CALVIN only, and config.environment='playtab"):
+        simulators.make(make_config())
+
+
+@needs_simulator
+def test_the_experts_binary_evaluates_and_films_in_calvin(tmp_path):
+    done = helpers.run_python(
+        *("-m", "experiments.evaluate", "--environment=calvin", "--policy=expert", f"--workdir={tmp_path}"),
+        *(f"--calvin_assets={ASSETS}", f"--starts={SHARED / 'eval_starts.npz'}", "--save_videos=1"),
+        *("--config=experiments/configs/calvin_d_scripted.py", "--config.tasks=('turn_off_led',)"),
+        *("--config.evaluation.num_episodes=2", "--config.evaluation.max_steps=40"),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = tables.load(str(tmp_path / "table.json"))
+    assert (row.stage, row.task, row.successes, row.episodes) == ("expert", "turn_off_led", 2, 2)
+    assert "pixels 64 and 64" in row.simulator and "starts eval_starts.npz" in row.simulator
+    with Image.open(tmp_path / "videos/expert/turn_off_led/000.gif") as film:
+        assert film.n_frames > 20
 
 
 @needs_simulator

@@ -45,6 +45,7 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
     [
         ("tasks", ("open_drawer", "open_door"), "unknown task 'open_door'; expected one of open_drawer"),
         ("environment", "kitchen", "config.environment='kitchen'; expected one of playtable, calvin"),
+        ("dataset.pictures", "full", "config.dataset.pictures='full'; expected one of drawn for playtable"),
         ("evaluation.video_task", "fly", "unknown task 'fly'; expected one of open_drawer"),
         ("num_devices", 999, "num_devices=999, but this host has .*; ask for at most"),
         ("num_devices", -1, "config.num_devices=-1; expected 0 or more"),

@@ -6,15 +6,13 @@ first subtask that fails. Scores are the shares of chains that solve 1, 2, ... 5
 
 import dataclasses
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from wam_jax import specs
+from wam_jax import npz_files, specs
 from wam_jax.environments.calvin import experts, follower, oracle
 from wam_jax.environments.calvin.environment import Calvin, State
 from wam_jax.evaluation import Policy
@@ -53,15 +51,8 @@ def load(path: str) -> list[Chain]:
     Raises:
       ValueError: the file is not one, or names an unknown task.
     """
-    names = "robot_obs", "scene_obs", "sequences"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            robot_obs, scene_obs, sequences = (file[name] for name in names)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read chains from {path}: {error}") from error
+    arrays = npz_files.read(path, "the chains", ("robot_obs", "scene_obs", "sequences"))
+    robot_obs, scene_obs, sequences = arrays.values()
     count = len(sequences)
     if robot_obs.shape != (count, 15) or scene_obs.shape != (count, 24) or sequences.ndim != 2 or not sequences.size:
         raise ValueError(

@@ -5,7 +5,6 @@ This file and `rlds.py` are the only ones that know how episodes are stored.
 
 import functools
 import itertools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from wam_jax import rlds, shards, specs
+from wam_jax import cores, rlds, shards, specs
+from wam_jax.images import resize
 from wam_jax.types import Observation, StepBatch
 
 
@@ -300,13 +300,6 @@ def _decode_images(pngs: Sequence[bytes]) -> np.ndarray:
     return images
 
 
-def resize(image: np.ndarray, size: int = specs.IMAGE_SIZE) -> np.ndarray:
-    """Brings an image, uint8 [h, w, 3], to `size` x `size` by averaging areas; the one resize of the project."""
-    if image.shape[:2] == (size, size):
-        return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-
-
 def num_threads() -> int:
     """How many threads decode side by side."""
-    return min(32, os.cpu_count() or 1)
+    return min(32, cores.count())

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from wam_jax import cores
+
 
 def check_finite(metrics: Mapping[str, np.ndarray], first_step: int) -> None:
     """Raises FloatingPointError naming the first non-finite metric and its step; metrics are [N], one per update."""
@@ -33,10 +35,9 @@ def machine() -> str:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
         processor = names[0] if names else processor
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     devices = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-    return f"{processor}, {cores} cores used, {devices}, jax {jax.__version__}"
+    return f"{processor}, {cores.count()} cores used, {devices}, jax {jax.__version__}"
 
 
 class MetricsWriter:

@@ -16,8 +16,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import jax
@@ -31,7 +32,10 @@ from wam_jax.shards import INFO_FILE, shard_path
 from wam_jax.types import StepBatch
 
 PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
+PARTS_FOLDER = "parts"  # of episodes that wait for the rest of their shard
 EPISODE_LENGTHS = "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, for the input pipeline
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +173,48 @@ def write_shard(
     path = shard_path(directory, spec.name, split, index, num_shards)
     if path.exists():
         return _lengths_in_shard(path, spec)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        lengths = _write_records(temporary, spec, episodes)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return _write_atomically(path, lambda temporary: _write_records(temporary, spec, episodes))
+
+
+def part_path(shard: Path, number: int) -> Path:
+    """Where episode `number` of a shard waits for the others, where they are slow to come."""
+    return shard.parent / PARTS_FOLDER / f"{shard.name}-{number:05d}"
+
+
+def write_part(shard: Path, number: int, spec: DatasetSpec, episode: Episode) -> int:
+    """Writes one episode of a shard to a file of its own; returns its steps.
+
+    Raises:
+      ValueError: it does not fit the specification.
+    """
+    path = part_path(shard, number)
+    path.parent.mkdir(exist_ok=True)
+    return _write_atomically(path, lambda temporary: _write_records(temporary, spec, [episode]))[0]
+
+
+def join_parts(shard: Path, spec: DatasetSpec, count: int) -> list[int]:
+    """Makes a shard of its parts, unless it is already there, and removes them.
+
+    Args:
+      shard: its path.
+      spec: the dataset's.
+      count: how many parts it has.
+
+    Returns:
+      the number of steps of each episode.
+
+    Raises:
+      ValueError: a part cannot be read.
+    """
+    parts = [part_path(shard, number) for number in range(count)]
+    if not shard.exists():
+        lengths = [_lengths_in_shard(part, spec)[0] for part in parts]
+        records = (ArrayRecordReader(str(part)).read([0])[0] for part in parts)
+        _write_atomically(shard, lambda temporary: _write_bytes(temporary, records))
+    else:
+        lengths = _lengths_in_shard(shard, spec)
+    for part in parts:
+        part.unlink(missing_ok=True)
     return lengths
 
 
@@ -205,6 +245,7 @@ def finish_dataset(
         raise ValueError(f"{directory}: {len(missing)} shards are missing, the first is {missing[0]}; write them first")
     for leftover in directory.glob(f"{spec.name}-*.tmp"):
         leftover.unlink()
+    shutil.rmtree(directory / PARTS_FOLDER, ignore_errors=True)
     split_infos = [
         tfds.core.SplitInfo(
             name=split,
@@ -273,22 +314,42 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
+def _write_atomically(path: Path, write: Callable[[Path], T]) -> T:
+    """Has a file written to a temporary name, and renames it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        result = write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
+
+
 def _write_records(path: Path, spec: DatasetSpec, episodes: Iterable[Episode]) -> list[int]:
     lengths = []
     shard_features = features(spec)
     serializer = ExampleSerializer(shard_features.get_serialized_info())
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
-    try:
+
+    def records() -> Iterator[bytes]:
         for episode in episodes:
             check_episode(episode, spec)
             example = serializer.get_tf_example(shard_features.encode_example(_to_example(episode)))
-            writer.write(example.SerializeToString(deterministic=True))  # the same bytes whenever it is written
             lengths.append(len(episode.steps.is_first))
-    finally:
-        writer.close()
+            yield example.SerializeToString(deterministic=True)  # the same bytes whenever it is written
+
+    _write_bytes(path, records())
     if not lengths:
         raise ValueError(f"shard {path.name} got no episodes; expected at least one")
     return lengths
+
+
+def _write_bytes(path: Path, records: Iterable[bytes]) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()
 
 
 def _to_example(episode: Episode) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from wam_jax import json_files
+from wam_jax import cores, json_files
 
 INFO_FILE = "dataset_info.json"  # of TFDS; written last, so a directory that has it is complete
 CHECKSUMS_FILE = "SHA256SUMS"
@@ -117,7 +117,7 @@ def compare_checksums(directory: str | Path, paths: Sequence[Path]) -> list[str]
 
 
 def _digests(paths: Sequence[Path]) -> list[str]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets other threads run meanwhile
+    with ThreadPoolExecutor(cores.count()) as pool:  # hashlib lets other threads run meanwhile
         return list(pool.map(_digest, paths))
 
 

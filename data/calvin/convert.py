@@ -11,7 +11,6 @@ that a rerun with the mended file has little left to do. All refused files are l
 checksums and decodes every step.
 """
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,14 +21,14 @@ from tqdm import tqdm
 from data.calvin import conversion, npz_folder, pool
 from data.calvin.conversion import DEFAULT_SETTINGS, Conversion, Settings, Shard
 from data.calvin.npz_folder import RefusedFiles
-from wam_jax import datasets, specs
+from wam_jax import cores, datasets, specs
 
 _FRAMES_PER_CHECK = 1000
 
 _INPUT = flags.DEFINE_string("input", None, "Folder that holds training/ and validation/.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards; made if missing.", required=True)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", specs.IMAGE_SIZE, "Pixels of both cameras; 0 keeps 200 and 84.")
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes, each writing one shard at a time.", 1)
+_WORKERS = flags.DEFINE_integer("workers", cores.count(), "Processes, each writing one shard at a time.", 1)
 _FRAMES_PER_SHARD = flags.DEFINE_integer("frames_per_shard", 5000, "A shard is full with this many frames.")
 _MAX_EPISODE_STEPS = flags.DEFINE_integer("max_episode_steps", 500, "Longer stretches of play are cut.")
 _LANGUAGE_FOLDER = flags.DEFINE_string("language_folder", npz_folder.LANGUAGE_FOLDER, "Holds auto_lang_ann.npy.")

@@ -9,7 +9,7 @@ import numpy as np
 from data.calvin import npz_folder
 from data.calvin.npz_folder import Folder, LanguageAnnotation
 from wam_jax import rlds
-from wam_jax.datasets import resize
+from wam_jax.images import resize
 from wam_jax.types import Observation, StepBatch
 
 

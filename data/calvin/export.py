@@ -2,9 +2,9 @@
 
     python -m data.calvin.export --input=runs/calvin_scripted/data/calvin_play --output=calvin_scripted
 
-The dataset must have CALVIN's sizes of pictures (`collect_calvin --calvin_image_size=0`, `convert --image_size=0`). An
-episode becomes a range of frames; frames are numbered through both folders. Files that are there are kept, so the same
-command goes on after an interruption.
+The dataset must have CALVIN's sizes of pictures (`collect_calvin --config.dataset.pictures=full`, or
+`convert --image_size=0`). An episode becomes a range of frames; frames are numbered through both folders. Files that
+are there are kept, so the same command goes on after an interruption.
 """
 
 import os
@@ -66,7 +66,8 @@ def _check(directory: Path, builder: Any) -> None:
         found, expected = step["observation"][key].shape, npz_folder.FRAME_ARRAYS[key][0]
         if found != expected:
             raise ValueError(
-                f"{directory}: {key} is {found}, CALVIN's files hold {expected}; collect with --calvin_image_size=0"
+                f"{directory}: {key} is {found}, CALVIN's files hold {expected}; collect with "
+                "--config.dataset.pictures=full"
             )
     if "action_absolute" not in step:
         raise ValueError(f"{directory} has no action_absolute; give a dataset of CALVIN, collected or converted")

@@ -7,6 +7,11 @@ from ml_collections import ConfigDict
 
 from wam_jax.specs import MAX_EPISODE_STEPS, TASKS
 
+PICTURES = (  # from CALVIN's simulator, which draws other pixels at another size
+    "drawn",  # at 64 x 64, the fastest
+    "averaged",  # at CALVIN's own 200 and 84, averaged to 64: what its recordings become when they are converted
+    "full",  # the same to a policy; but collected data keep 200 and 84
+)
 METHODS = {"wam": 1000.0, "dreamer_v2": 0.0}  # the weight of the action loss is all that tells them apart
 
 
@@ -34,6 +39,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "validation_episodes": 8,
             "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
             "demonstrations_per_task": 50,  # WAM, DiWA
+            "pictures": "drawn",  # CALVIN's simulator: see below; a policy must see what it was trained on
             "cache": "memory",  # "memory": frames are decoded once; "none": streamed from the shards
         }
     )

@@ -16,6 +16,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     config = base.get_config(method)
     with config.unlocked():
         config.environment = "calvin"
+        config.dataset.pictures = "averaged"  # as the converted recordings are
         config.dataset.cache = "none"  # 500,000 frames decoded are 12 GB
         config.world_model.compute_dtype = "bfloat16"  # ours, for accelerators; losses and parameters stay float32
         config.evaluation.num_episodes = 29  # WAM's start configurations a task

@@ -1,8 +1,7 @@
 """CALVIN without the download: scripted play and demonstrations in its scene D, and networks that a CPU can train.
 
-Command: python -m experiments.collect_calvin --config=experiments/configs/calvin_d_scripted.py \\
-    --calvin_assets=calvin_env/data --workdir=runs/calvin_d_scripted
-then python -m experiments.reproduce with the same flags and --starts=FILE.npz
+Command: python -m experiments.reproduce --config=experiments/configs/calvin_d_scripted.py
+--workdir=runs/calvin_d_scripted --calvin_assets=calvin_env/data --starts=eval_starts.npz
 Hardware, hours and scores: docs/results/calvin_d_scripted/README.md.
 Networks and settings are those of playtable.py (what differs from the paper stands there), one fifth fewer updates.
 """

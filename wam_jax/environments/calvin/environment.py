@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from wam_jax import specs
+from wam_jax import images, specs
 from wam_jax.environments.calvin import experts, follower, starts
+from wam_jax.environments.calvin import scene as scenes
 from wam_jax.environments.calvin.oracle import Info
 from wam_jax.environments.calvin.pool import Episode, Pool, begin
 from wam_jax.environments.calvin.worker import Frames, Settings
@@ -41,6 +42,7 @@ class Calvin:
         *,
         scene: str = "D",
         starts_file: str = "",
+        image_size: int = specs.IMAGE_SIZE,
         pictures: bool = True,
         num_workers: int = 0,
         python: str = "",
@@ -51,6 +53,8 @@ class Calvin:
           assets: folder laid out like calvin_env's `data/`.
           scene: A, B, C or D.
           starts_file: npz of starts that `reset_to_task` takes in order; empty: random ones.
+          image_size: pixels that are drawn; 0: CALVIN's own 200 and 84. Other than 64 are averaged to that, as those of
+            CALVIN's datasets are; pictures drawn at 64 look otherwise.
           pictures: False: nothing is drawn, and all pictures are black; in less time and memory.
           num_workers: processes; 0: one for each core.
           python: the interpreter that has pybullet; empty: this one.
@@ -60,14 +64,17 @@ class Calvin:
         """
         self._scene, self._pictures, self._starts_file = scene, pictures, starts_file
         self._starts = starts.load(starts_file) if starts_file else None
-        settings = Settings(assets, scene, specs.IMAGE_SIZE, specs.IMAGE_SIZE, pictures=pictures)
+        sizes = scenes.picture_sizes(image_size)
+        self._drawn = " and ".join(map(str, sizes)) if pictures else ""
+        settings = Settings(assets, scene, *sizes, pictures=pictures)
         self._pool = Pool(settings, num_workers, python)
 
     @property
     def facts(self) -> dict[str, str]:
         """Versions, renderer, assets and starts: what a result should record."""
         given = f"{os.path.basename(self._starts_file)} {starts.version_of(self._starts)}" if self._starts else "random"
-        return self._pool.facts | {"starts": given}
+        drawn = {"pixels": self._drawn} if self._drawn else {}
+        return self._pool.facts | {"starts": given} | drawn
 
     def check_starts(self, task: str, count: int) -> None:
         """Checks that a task has as many starts.
@@ -75,7 +82,7 @@ class Calvin:
         Raises:
           ValueError: the file of starts holds fewer.
         """
-        given = count if self._starts is None else len(self._starts[task])
+        given = count if self._starts is None else len(self._starts.get(task, ()))
         if given < count:
             raise ValueError(
                 f"{self._starts_file} holds {given} starts of {task}, fewer than the {count} episodes asked for; give "
@@ -202,11 +209,10 @@ def _observation(frames: Sequence[Frames]) -> Observation:
     moments = max(len(f.robot_obs) for f in frames)
 
     def pictures(field: str) -> np.ndarray:
-        shape = len(frames), moments, *getattr(frames[0], field).shape[1:]
-        stacked = np.zeros(shape, np.uint8)
+        stacked = np.zeros((len(frames), moments, specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8)
         for row, f in zip(stacked, frames, strict=True):
             if len(getattr(f, field)):
-                row[:] = getattr(f, field)
+                row[:] = [images.resize(image) for image in getattr(f, field)]
         return stacked
 
     def vectors(field: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 from absl import logging
 
+from wam_jax import cores
 from wam_jax.environments.calvin import assets, scene
 from wam_jax.environments.calvin.worker import Begin, Draw, Frames, Job, Look, Settings, Step
 
@@ -140,7 +141,7 @@ class Pool:
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers}; expected 1 or more, or 0 for one on each core")
         self._settings, self._python = settings, python or sys.executable
-        self._num_workers = num_workers or len(os.sched_getaffinity(0))
+        self._num_workers = num_workers or cores.count()
         self._workers: list[_Worker] = []
         self._slots: dict[int, Episode] = {}
         self.restarts = 0  # dead workers so far

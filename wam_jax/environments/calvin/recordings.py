@@ -1,12 +1,11 @@
 """Recordings of the original simulator, and their comparison with ours."""
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from wam_jax import npz_files
 from wam_jax.environments.calvin import pool as pools
 from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.worker import Frames
@@ -47,17 +46,7 @@ def load(path: str) -> Recording:
       ValueError: the file cannot be read, lacks an array or holds one of another shape or type.
     """
     names = [field.name for field in dataclasses.fields(Recording)]
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it is a single array; expected an npz of several")
-        with file:
-            missing = [name for name in names if name not in file]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            recording = Recording(**{name: file[name] for name in names})
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read the recording {path}: {error}") from error
+    recording = Recording(**npz_files.read(path, "the recording", names))
     _check(path, recording)
     return recording
 

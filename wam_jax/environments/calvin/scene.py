@@ -79,6 +79,12 @@ STATIC_TARGET = (-0.026242351159453392, -0.0302329882979393, 0.3920000493526459)
 STATIC_UP = (0.4041403970338857, 0.22629790978217404, 0.8862616969685161)
 GRIPPER_LENS = Lens(fov=75, near=0.01, far=2, size=84)
 
+
+def picture_sizes(size: int) -> tuple[int, int]:
+    """Pixels of the static and the gripper camera: `size`, or for 0 those of the original."""
+    return size or STATIC_LENS.size, size or GRIPPER_LENS.size
+
+
 # --- Scenes ---
 
 

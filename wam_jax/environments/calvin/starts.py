@@ -1,11 +1,10 @@
 """Starts of episodes: random ones for a task, and files of them."""
 
 import hashlib
-import zipfile
-import zlib
 
 import numpy as np
 
+from wam_jax import npz_files
 from wam_jax.environments.calvin import follower, scene
 from wam_jax.environments.calvin.follower import Waypoint
 from wam_jax.environments.calvin.scene import Scene
@@ -35,27 +34,34 @@ _BLOCK_GAP = 0.004  # m
 _REST_STEPS = 6
 _TRIES = 200
 
-# From these a task is impossible or already done: entry of scene_obs, and what it must lie between.
+# Otherwise a task is impossible or already done: entries of scene_obs, and what each must lie between. The bulb follows
+# its switch at the first step, so both must agree.
 _POSSIBLE = {
-    "open_drawer": (_DRAWER, -0.01, 0.10),
-    "close_drawer": (_DRAWER, 0.12, 0.24),
-    "move_slider_left": (_SLIDER, -0.01, 0.13),
-    "move_slider_right": (_SLIDER, 0.15, 0.32),
-    "turn_on_lightbulb": (_LIGHTBULB, 0, 0),
-    "turn_off_lightbulb": (_LIGHTBULB, 1, 1),
-    "turn_on_led": (_LED, 0, 0),
-    "turn_off_led": (_LED, 1, 1),
+    "open_drawer": ((_DRAWER, -0.01, 0.10),),
+    "close_drawer": ((_DRAWER, 0.12, 0.24),),
+    "move_slider_left": ((_SLIDER, -0.01, 0.13),),
+    "move_slider_right": ((_SLIDER, 0.15, 0.32),),
+    "turn_on_lightbulb": ((_LIGHTBULB, 0, 0), (_SWITCH, -0.01, scene.SWITCH_RANGE / 2)),
+    "turn_off_lightbulb": ((_LIGHTBULB, 1, 1), (_SWITCH, scene.SWITCH_RANGE / 2, 0.10)),
+    "turn_on_led": ((_LED, 0, 0),),
+    "turn_off_led": ((_LED, 1, 1),),
 }
-_NAMES = {_SLIDER: "the slider", _DRAWER: "the drawer", _LIGHTBULB: "the lightbulb", _LED: "the LED"}
+_NAMES = {
+    _SLIDER: "the slider",
+    _DRAWER: "the drawer",
+    _SWITCH: "the switch",
+    _LIGHTBULB: "the lightbulb",
+    _LED: "the LED",
+}
 
 
 def why_impossible(task: str, scene_obs: np.ndarray) -> str:
     """Says why a task cannot be solved from a state, or is solved in it already; empty where it can."""
-    index, low, high = _POSSIBLE[task]
-    if low <= scene_obs[index] <= high:
-        return ""
-    needs = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    return f"{_NAMES[index]} is at {scene_obs[index]:.4g}, where {task} is done already or impossible; it needs {needs}"
+    for index, low, high in _POSSIBLE[task]:
+        value, needs = scene_obs[index], f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        if not low <= value <= high:
+            return f"{_NAMES[index]} is at {value:.4g}, where {task} is done already or impossible; it needs {needs}"
+    return ""
 
 
 def draw(simulator: Simulator, of: Scene, task: str, rng: np.random.Generator) -> Start:
@@ -124,22 +130,21 @@ def _wander(simulator: Simulator, rng: np.random.Generator) -> None:
         simulator.step(np.array([0, 0, 0, 0, 0, 0, gripper], np.float64))
 
 
-def load(path: str, tasks: tuple[str, ...] = TASKS) -> dict[str, list[Start]]:
-    """Reads a file of starts: arrays TASK_robot_obs [n, 15] and TASK_scene_obs [n, 24] for each task.
-
-    Args:
-      path: an npz file.
-      tasks: those that are needed.
+def load(path: str) -> dict[str, list[Start]]:
+    """Reads a file of starts: arrays TASK_robot_obs [n, 15] and TASK_scene_obs [n, 24] for each task it knows.
 
     Raises:
-      ValueError: the file is not one, lacks a task, or holds a start in which its task is done or impossible.
+      ValueError: the file is not one, knows no task, or holds a start in which its task is done or impossible.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read starts from {path}: {error}") from error
-    return {task: _task_starts(path, task, arrays) for task in tasks}
+    arrays = npz_files.read(path, "the starts")
+    given = {
+        task: _task_starts(path, task, arrays)
+        for task in TASKS
+        if f"{task}_robot_obs" in arrays or f"{task}_scene_obs" in arrays
+    }
+    if not given:
+        raise ValueError(f"{path} holds no starts; expected TASK_robot_obs and TASK_scene_obs for tasks of {TASKS}")
+    return given
 
 
 def _task_starts(path: str, task: str, arrays: dict[str, np.ndarray]) -> list[Start]:

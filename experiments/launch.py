@@ -71,10 +71,10 @@ def main(
             sys.exit(130)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what cleans up then, cleans up now
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=parse_flags)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the flags; a mistake in them ends in one line instead of a library's traceback."""
     try:
         rest = flags.FLAGS(argv)

@@ -207,15 +207,13 @@ def make_batches(
     parallel.check_batch_size(batch_size, len(devices) * process_count)
     windows = Windows(datasets.episode_lengths(directory, split), length, seed)
     store = STORES[cache](directory, split)
-    mesh = jax.sharding.Mesh(np.asarray(devices), (parallel.AXIS_NAME,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(parallel.AXIS_NAME))
     pool = ThreadPoolExecutor(datasets.num_threads(), thread_name_prefix="windows")
 
     def load(step: int) -> StepBatch:
         numbers = window_numbers(step, batch_size, len(devices), updates_per_dispatch, process_index, process_count)
         batch = _load_windows(store.window, [windows(n) for n in numbers.ravel()], length, pool)
         batch = jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), batch)
-        return jax.device_put(batch, sharding)
+        return parallel.shard(batch, devices)
 
     return Batches(load, start_step, updates_per_dispatch, prefetch, on_close=pool.shutdown)
 

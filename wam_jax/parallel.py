@@ -53,11 +53,15 @@ def check_batch_size(batch_size: int, num_devices: int, *, name: str = "batch_si
 
 def replicate(tree: Any, devices: list[jax.Device]) -> Any:
     """Copies a tree onto every device, with a new leading axis."""
-    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS_NAME,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS_NAME))
-    return jax.tree.map(
-        lambda x: jax.device_put(np.broadcast_to(np.asarray(x)[None], (len(devices), *np.shape(x))), sharding), tree
+    return shard(
+        jax.tree.map(lambda x: np.broadcast_to(np.asarray(x)[None], (len(devices), *np.shape(x))), tree), devices
     )
+
+
+def shard(tree: Any, devices: list[jax.Device]) -> Any:
+    """Puts leaves [D, ...] on the devices, a slice of the leading axis each."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS_NAME,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS_NAME)))
 
 
 def unreplicate(tree: Any) -> Any:

@@ -1,0 +1,221 @@
+"""Measures the throughput of every stage: compilation, steps, FLOPs against the device's own matrix rate, memory.
+
+python -m experiments.benchmark --output=docs/benchmarks/FILE.json
+
+Sizes are the paper's unless --config names others. Each stage's own compiled program runs on made-up inputs. On a CPU,
+seconds of the processor count, which other programs disturb little; `taskset -c 0` in front makes it one core's speed.
+--only picks workloads, by name or by the beginning of what is printed: --only=world_model_update/10x50,bc_update.
+--baseline prints ratios against an earlier file.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import FrozenConfigDict
+from tqdm import tqdm
+
+from experiments import launch, workloads
+from experiments.configs import base
+from experiments.workloads import Workload
+from wam_jax import json_files, metrics
+
+_ONLY = flags.DEFINE_list("only", [], "Which workloads; all if not given (on a CPU: without bfloat16 and 50x50)")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
+_BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare with")
+_DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
+_LEAST_CALLS, _MOST_CALLS = 5, 200
+_NOT_ON_CPU = ("bfloat16", "50x50")  # emulated; a minute an update
+_MATRIX_SIZE = {"cpu": 2048}  # of the matrix product that everything is compared with; elsewhere 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured workload; medians over calls."""
+
+    name: str
+    dtype: str
+    batch: int
+    length: int
+    devices: int
+    compile_s: float  # tracing and compilation, without a cache
+    wall_s: float  # of a call
+    cpu_s: float  # of this process, in a call
+    items: int  # in a call
+    unit: str
+    flops: int  # of matrix products and convolutions in a call, over all devices
+    share_of_matmul: float | None  # of the devices' rate in a plain matrix product of that dtype
+    peak_bytes: int  # of a device, as the compiler plans them: arguments, results and temporaries
+    calls: int
+    date: str
+    machine: str
+
+    @property
+    def rate(self) -> float:
+        """Items a second: of the processor on a CPU, else of the clock."""
+        return self.items / (self.cpu_s if "(cpu)" in self.machine else self.wall_s)
+
+    @property
+    def key(self) -> tuple:
+        """What tells rows of one file apart."""
+        return self.name, self.dtype, self.batch, self.length, self.devices
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints and writes."""
+    try:
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        baseline = {row.key: row for row in load(_BASELINE.value)} if _BASELINE.value else {}
+        config = launch.CONFIG.value or base.get_config()
+        config.num_devices = _DEVICES.value
+        chosen = choose(workloads.cases(FrozenConfigDict(config)), _ONLY.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    rows = measure_all(chosen, _OUTPUT.value)
+    print(markdown(rows, baseline))
+
+
+def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> dict[str, Callable[[], Workload]]:
+    """The workloads whose labels begin with one of `only`.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if not only:
+        slow = _NOT_ON_CPU if jax.default_backend() == "cpu" else ()
+        return {label: case for label, case in cases.items() if not any(part in label for part in slow)}
+    for name in only:
+        if not any((label + "/").startswith(name + "/") for label in cases):
+            raise ValueError(f"--only={name}: no workload is called so; there are {', '.join(cases)}")
+    return {label: case for label, case in cases.items() if any((label + "/").startswith(name + "/") for name in only)}
+
+
+def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str) -> list[Row]:
+    """Measures one workload after another; what is measured is written at once."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    rates: dict[str, float] = {}
+    rows: list[Row] = []
+    for label, case in tqdm(chosen.items(), desc="benchmark", unit="workload", disable=None):
+        workload = case()
+        if workload.dtype not in rates:
+            rates[workload.dtype] = matmul_rate(workload.dtype)
+            tqdm.write(f"matrix product, {workload.dtype}: {rates[workload.dtype] / 1e9:,.0f} GFLOP/s", sys.stderr)
+        rows.append(measure(workload, rates[workload.dtype]))
+        tqdm.write(f"{label}: {rows[-1].rate:,.4g} {workload.unit}/s", sys.stderr)
+        if output:
+            json_files.write(output, [dataclasses.asdict(row) for row in rows])
+    return rows
+
+
+def measure(workload: Workload, matmul: float) -> Row:
+    """Compiles a workload and runs it for a while.
+
+    Args:
+      workload: what to run.
+      matmul: FLOP/s of one device, or of the processor, in a plain matrix product.
+    """
+    start = time.perf_counter()
+    compiled = workload.program.lower(*workload.arguments).compile()
+    compile_s = time.perf_counter() - start
+    plan = compiled.memory_analysis()
+    first, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
+
+    def call():
+        nonlocal first
+        result = jax.block_until_ready(compiled(first, *rest))
+        if workload.carried:
+            first = result[0]
+
+    wall, cpu, calls = _time(call)
+    on_cpu = jax.default_backend() == "cpu"
+    seconds = cpu if on_cpu else wall * workload.devices
+    return Row(
+        name=workload.name,
+        dtype=workload.dtype,
+        batch=workload.batch,
+        length=workload.length,
+        devices=workload.devices,
+        compile_s=round(compile_s, 3),
+        wall_s=wall,
+        cpu_s=cpu,
+        items=workload.items,
+        unit=workload.unit,
+        flops=workload.flops,
+        share_of_matmul=round(workload.flops / seconds / matmul, 4) if workload.flops else None,
+        peak_bytes=plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        + plan.temp_size_in_bytes
+        - plan.alias_size_in_bytes,
+        calls=calls,
+        date=time.strftime("%Y-%m-%d"),
+        machine=metrics.machine(),
+    )
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s in a plain matrix product: of one device by the clock, on a CPU of the processor."""
+    size = _MATRIX_SIZE.get(jax.default_backend(), 8192)
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    wall, cpu, _ = _time(lambda: jax.block_until_ready(product(matrix, matrix)))
+    return 2 * size**3 / (cpu if jax.default_backend() == "cpu" else wall)
+
+
+def _time(call: Callable[[], None]) -> tuple[float, float, int]:
+    """Median seconds of a call, by the clock and of the processor, and the number of calls."""
+    call()  # the first may still allocate
+    wall: list[float] = []
+    cpu: list[float] = []
+    while len(wall) < _LEAST_CALLS or (sum(wall) < _SECONDS.value and len(wall) < _MOST_CALLS):
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
+        call()
+        wall.append(time.perf_counter() - wall_start)
+        cpu.append(time.process_time() - cpu_start)
+    return statistics.median(wall), statistics.median(cpu), len(wall)
+
+
+def load(path: str) -> list[Row]:
+    """Reads an earlier output.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    try:
+        return [Row(**row) for row in json_files.read(path, "give a file that --output wrote")]
+    except TypeError as error:
+        raise ValueError(f"{path} is no output of this benchmark: {error}") from error
+
+
+def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
+    """The rows as a table, with ratios of rates where a row of the baseline is of the same kind."""
+    per = "CPU s" if jax.default_backend() == "cpu" else "s"
+    lines = [
+        f"{rows[0].machine}, {rows[0].date}",
+        "",
+        f"| workload | dtype | batch | length | devices | rate, per {per} | call, ms | GFLOP | share of matmul | "
+        "compile, s | memory, GB |" + (" against baseline |" if baseline else ""),
+        "| --- " * (12 if baseline else 11) + "|",
+    ]
+    for row in rows:
+        seconds = row.cpu_s if per == "CPU s" else row.wall_s
+        share = "" if row.share_of_matmul is None else f"{100 * row.share_of_matmul:.0f} %"
+        cells = [
+            row.name.replace("_", " "), row.dtype, row.batch, row.length, row.devices, f"{row.rate:,.4g} {row.unit}",
+            f"{1000 * seconds:,.4g}", f"{row.flops / 1e9:,.4g}" if row.flops else "", share, f"{row.compile_s:.1f}",
+            f"{row.peak_bytes / 1e9:.3g}",
+        ]  # fmt: skip
+        if baseline:
+            cells.append(f"{row.rate / baseline[row.key].rate:.2f}" if row.key in baseline else "")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=launch.parse_flags)

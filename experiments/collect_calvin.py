@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from data.calvin import npz_folder
 from experiments import launch, simulators
 from wam_jax import cores, datasets, images, json_files, metrics, rlds, shards, specs
 from wam_jax.environments.calvin import play as calvin
@@ -39,6 +40,7 @@ _ACTIONS = flags.DEFINE_enum(
 
 PLAY_EPISODES_PER_SHARD, DEMONSTRATIONS_PER_SHARD = 4, 10
 _MAX_TRIES = 20  # per demonstration; experts need 1.1
+NOTES_FILE, SIMULATOR_FILE = "collection.json", "simulator.json"
 _SOURCE = "calvin_scene_D"
 
 
@@ -62,8 +64,8 @@ class Recorder:
         static, gripper = self.sizes if self.pictures == "full" else (specs.IMAGE_SIZE,) * 2
         return rlds.DatasetSpec(name, (static,) * 2, (gripper,) * 2, (("action_absolute", specs.ACTION_DIM),))
 
-    def pools(self) -> list[Pool]:
-        """Workers, each in a pool of its own.
+    def pools(self, episodes: int) -> list[Pool]:
+        """Workers, each in a pool of its own; no more than there are episodes to record.
 
         Raises:
           ValueError: their number is negative, or the simulator cannot run here.
@@ -71,7 +73,9 @@ class Recorder:
         if self.num_workers < 0:
             raise ValueError(f"--calvin_workers={self.num_workers}; expected 1 or more, or 0 for one on each core")
         settings = Settings(self.assets, "D", *self.sizes)
-        return [Pool(settings, 1, self.python) for _ in range(self.num_workers or cores.count())]
+        count = min(self.num_workers or cores.count(), episodes)
+        with futures.ThreadPoolExecutor(max(1, count)) as executor:  # each takes seconds to start
+            return list(executor.map(lambda _: Pool(settings, 1, self.python), range(count)))
 
     def episode(self, track: Track, episode_id: str, first_frame: int = 0) -> rlds.Episode:
         """An episode as it is written."""
@@ -133,7 +137,7 @@ def collect_play(directory: str, config, recorder: Recorder) -> None:
     firsts["validation"] = counts["train"] * steps
 
     def record(split: str, episode: int, pool: Pool) -> rlds.Episode:
-        folder = {"train": "training", "validation": "validation"}[split]
+        folder = npz_folder.SPLIT_FOLDERS[split]
         track = calvin.record_play(pool, steps, _seed(config.seed, f"play/{split}", episode))
         first = firsts[split] + episode * steps
         return recorder.episode(track, f"{folder}_{first:07d}_{first + steps - 1:07d}", first)
@@ -178,15 +182,25 @@ def _collect(
 ) -> None:
     """Records the episodes that are missing, several at once, and writes the dataset."""
     plan = {**plan, "pictures": recorder.pictures, "actions": recorder.actions}
+    spec, notes = recorder.dataset_spec(name), Path(directory) / NOTES_FILE
     if (Path(directory) / rlds.INFO_FILE).exists():
         rlds.start_dataset(directory, plan)  # compares the plans
+        if not notes.exists():  # killed after its last shard
+            _write_notes(directory, recorder)
         return
-    before, wall, spec = _cpu_seconds(), time.monotonic(), recorder.dataset_spec(name)
-    pools = recorder.pools()
+    before, wall, frames = _cpu_seconds(), time.monotonic(), 0
+    missing = [
+        functools.partial(_write_part, path, number, spec, episode)
+        for path, shard in ((shard.path(directory, spec), shard) for shard in planned)
+        for number, episode in enumerate(shard.episodes)
+        if not path.exists() and not rlds.part_path(path, number).exists()
+    ]
+    pools = recorder.pools(len(missing))
     rlds.start_dataset(directory, plan)
-    facts, frames = pools[0].facts, 0
-    with tqdm(total=sum(len(s.episodes) for s in planned), desc=f"collecting {name}", unit="ep", disable=None) as bar:
-        for recorded in _record_all(directory, spec, planned, pools):
+    if pools:
+        _note_simulator(directory, pools[0].facts)
+    with tqdm(total=len(missing), desc=f"collecting {name}", unit="episode", disable=None) as bar:
+        for recorded in _record_all(missing, pools):
             frames += recorded
             bar.update()
     writing, simulating = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
@@ -195,55 +209,80 @@ def _collect(
     for shard in planned:
         lengths[shard.split][shard.index] = rlds.join_parts(shard.path(directory, spec), spec, len(shard.episodes))
     rlds.finish_dataset(directory, spec, lengths, description)
+    this_run = {  # the last; episodes of an interrupted one are not counted
+        "workers": len(pools),
+        "frames": frames,
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": {"simulators": round(simulating, 2), "writer": round(writing, 2)},
+        "frames_per_cpu_second": round(frames / (simulating + writing), 2),
+    }
+    _write_notes(directory, recorder, this_run=this_run)
+
+
+def _note_simulator(directory: str, facts: Mapping[str, str]) -> None:
+    """Keeps a dataset to one simulator.
+
+    Raises:
+      ValueError: the run before had another.
+    """
+    path = Path(directory) / SIMULATOR_FILE
+    if path.exists() and (before := json_files.read(path, f"delete {directory} and collect again")) != facts:
+        changed = [f"{key} {before.get(key)}, now {facts.get(key)}" for key in facts if before.get(key) != facts[key]]
+        raise ValueError(
+            f"{directory} was begun with another simulator ({'; '.join(changed)}): its states and pictures may differ; "
+            "go on with the first, or delete the folder"
+        )
+    json_files.write(path, dict(facts))
+
+
+def _write_notes(directory: str, recorder: Recorder, **more: Mapping) -> None:
+    """Writes what is known of a finished dataset."""
+    splits = [
+        split for split in ("train", "validation") if split in datasets.open_builder(directory, "train").info.splits
+    ]
+    lengths = {split: datasets.episode_lengths(directory, split) for split in splits}
+    simulator = json_files.read(Path(directory) / SIMULATOR_FILE, f"delete {directory} and collect again")
     json_files.write(
-        Path(directory) / "collection.json",
+        Path(directory) / NOTES_FILE,
         {
             "date": time.strftime("%Y-%m-%d"),
             "machine": metrics.machine(),
-            "simulator": facts,
+            "simulator": simulator,
             "pictures": recorder.pictures,
             "drawn_pixels": recorder.sizes,
-            "episodes": {split: sum(map(len, of_split)) for split, of_split in lengths.items()},
-            "frames": {split: sum(map(sum, of_split)) for split, of_split in lengths.items()},
-            "attempts": {split: datasets.count_attempts(directory, split) for split in lengths},
-            "this_run": {  # the last; episodes of an interrupted one are not counted
-                "workers": len(pools),
-                "frames": frames,
-                "wall_seconds": round(wall, 1),
-                "cpu_seconds": {"simulators": round(simulating, 2), "writer": round(writing, 2)},
-                "frames_per_cpu_second": round(frames / (simulating + writing), 2),
-            },
+            "episodes": {split: len(of_split) for split, of_split in lengths.items()},
+            "frames": {split: sum(of_split) for split, of_split in lengths.items()},
+            "attempts": {split: datasets.count_attempts(directory, split) for split in splits},
+            **more,
         },
     )
 
 
-def _record_all(
-    directory: str, spec: rlds.DatasetSpec, planned: Sequence[Shard], pools: Sequence[Pool]
-) -> Iterator[int]:
-    """Records what no shard and no part holds yet; yields the frames of each episode as it is there; ends the pools."""
+def _write_part(
+    shard: Path, number: int, spec: rlds.DatasetSpec, episode: Callable[[Pool], rlds.Episode], pool: Pool
+) -> int:
+    """Records one episode; returns its frames."""
+    return rlds.write_part(shard, number, spec, episode(pool))
+
+
+def _record_all(missing: Sequence[Callable[[Pool], int]], pools: Sequence[Pool]) -> Iterator[int]:
+    """Records episodes; yields the frames of each as it is there; ends the pools."""
     free: queue.SimpleQueue[Pool] = queue.SimpleQueue()
     for pool in pools:
         free.put(pool)
 
-    def record(shard: Path, number: int, episode: Callable[[Pool], rlds.Episode]) -> int:
+    def record(episode: Callable[[Pool], int]) -> int:
         pool = free.get()
         try:
-            return rlds.write_part(shard, number, spec, episode(pool))
+            return episode(pool)
         finally:
             free.put(pool)
 
     # Threads suffice: they wait for the workers, and PNGs are encoded outside the interpreter's lock.
-    with futures.ThreadPoolExecutor(len(pools)) as executor, contextlib.ExitStack() as at_the_end:
+    with futures.ThreadPoolExecutor(max(1, len(pools))) as executor, contextlib.ExitStack() as at_the_end:
         for pool in pools:
             at_the_end.callback(pool.close)  # a thread whose pool is closed ends with an error
-        jobs = []
-        for shard in planned:
-            path = shard.path(directory, spec)
-            for number, episode in enumerate(shard.episodes):
-                if path.exists() or rlds.part_path(path, number).exists():
-                    yield 0
-                else:
-                    jobs.append(executor.submit(record, path, number, episode))
+        jobs = [executor.submit(record, episode) for episode in missing]
         at_the_end.callback(executor.shutdown, wait=False, cancel_futures=True)
         for job in futures.as_completed(jobs):
             yield job.result()

@@ -2,8 +2,8 @@
 
 python -m experiments.evaluate --config=experiments/configs/quickstart.py --workdir=runs/quickstart --policy=ppo
 
-Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Episodes run
-in batches; those of a finished batch are kept in STAGE.episodes.json, and a rerun goes on with the missing ones.
+Writes one row per task to WORKDIR/evaluation/STAGE.json and all rows to WORKDIR/table.json and table.md. Each episode
+is kept in STAGE.episodes.json as it ends, and a rerun goes on with the missing ones.
 --save_videos=K films the first K episodes of each task into WORKDIR/videos. The scripted expert needs no config:
 
 python -m experiments.evaluate --environment=calvin --policy=expert --calvin_assets=calvin_env/data \
@@ -29,6 +29,8 @@ from wam_jax.environments.interface import Environment
 from wam_jax.types import LatentState, Observation, Params
 from wam_jax.world_model import WorldModel
 
+flags.DEFINE_string("starts", "", "CALVIN: npz of start states, taken in order; empty: random ones")
+
 
 def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.Row]:
     """Evaluates one stage on every task, and films the first episodes of each; returns all rows of the workdir.
@@ -46,7 +48,9 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
     trained = {task: _load(config, workdir, stage, task) for task in missing}
     environment = simulators.make(config, pictures=stage != "expert" or films > 0)
     simulators.check_starts(environment, config.tasks, config.evaluation.num_episodes)
-    _check_simulator(path, [*rows, *tables.load_episodes(_episodes_path(workdir, stage))], environment)
+    _check_simulator(
+        path, [*rows, *tables.load_episodes(_episodes_path(workdir, stage))], _describe(environment, stage)
+    )
     for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
         policy = _policy(config, environment, trained[task])
         episodes = _play(config, workdir, stage, task, environment, policy, films)
@@ -98,9 +102,13 @@ def _load(config, workdir: str, stage: str, task: str) -> _Trained | None:
     return _Trained(load_policy(config, workdir, stage, task), reward_params, *train_world_model.load(config, workdir))
 
 
-def _check_simulator(path: str, found: Sequence[tables.Row | tables.Episode], environment: Environment) -> None:
+def _describe(environment: Environment, stage: str) -> str:
+    """Of the simulator, what this stage's results depend on."""
+    return simulators.describe(environment, without=("pixels",) if stage == "expert" else ())
+
+
+def _check_simulator(path: str, found: Sequence[tables.Row | tables.Episode], now: str) -> None:
     """Checks that earlier results were made with the simulator and the starts of this run."""
-    now = simulators.describe(environment)
     for then in {result.simulator for result in found} - {now}:
         old, new = (", ".join(sorted({*a.split(", ")} - {*b.split(", ")})) for a, b in ((then, now), (now, then)))
         raise ValueError(f"{path}: its results are of {old}, not of {new}; use another --workdir")
@@ -113,33 +121,35 @@ def _policy(config, environment: Environment, trained: _Trained | None) -> evalu
     return evaluation.LatentPolicy(trained.model, trained.world_model_params, trained.policy, settings)
 
 
-def _batches(config) -> list[range]:
-    """Numbers of the episodes that run at once."""
-    total, size = config.evaluation.num_episodes, config.evaluation.batch_size
-    return [range(first, min(first + size, total)) for first in range(0, total, size)]
+def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Of the episodes that run at once."""
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
 
 def _play(
     config, workdir: str, stage: str, task: str, environment: Environment, policy: evaluation.Policy, films: int
 ) -> list[tables.Episode]:
-    """A task's episodes; batches that lack episodes or films are played now, and kept when they are finished."""
-    path, simulator = _episodes_path(workdir, stage), simulators.describe(environment)
+    """A task's episodes; those that are missing, or lack their film, are played now, and kept as they end."""
+    path, simulator = _episodes_path(workdir, stage), _describe(environment, stage)
     known = {(episode.task, episode.number): episode for episode in tables.load_episodes(path)}
-    for batch in _batches(config):
-        filmed = [number for number in batch if number < films]
-        if all((task, number) in known for number in batch) and _filmed(workdir, stage, task, filmed):
-            continue
+
+    def keep(number: int, success: bool, steps: int) -> None:
+        known[task, number] = tables.Episode(task, number, success, steps, simulator)
+        tables.save(path, list(known.values()))
+
+    def lacks_film(number: int) -> bool:
+        return number < films and not _filmed(workdir, stage, task, [number])
+
+    lacking = [n for n in range(config.evaluation.num_episodes) if (task, n) not in known or lacks_film(n)]
+    for batch in _batches(lacking, config.evaluation.batch_size):
+        filmed = [number for number in batch if number < films]  # the first ones: numbers rise
         result = evaluation.rollout(
-            environment, policy, task, jax.random.key(config.evaluation.seed), num_episodes=len(batch),
-            max_steps=config.evaluation.max_steps, first=batch.start, films=len(filmed),
+            environment, policy, task, jax.random.key(config.evaluation.seed), numbers=batch,
+            max_steps=config.evaluation.max_steps, films=len(filmed), ended=keep,
         )  # fmt: skip
-        outcomes = zip(batch, result.success.tolist(), result.steps.tolist(), strict=True)
-        played = {(task, outcome[0]): tables.Episode(task, *outcome, simulator) for outcome in outcomes}
         for row, number in enumerate(filmed):
             frames = jax.tree.map(lambda x, row=row: x[row], result.video)
-            _film(_film_path(workdir, stage, task, number), frames, played[task, number])
-        known |= played
-        tables.save(path, list(known.values()))
+            _film(_film_path(workdir, stage, task, number), frames, known[task, number])
     return [known[task, number] for number in range(config.evaluation.num_episodes)]
 
 
@@ -174,8 +184,8 @@ def _row(
     if trained:
         rng = jax.random.key(config.evaluation.seed)
         parts = [
-            evaluation.start_latents(environment, policy, task, rng, num_episodes=len(batch), first=batch.start)
-            for batch in _batches(config)
+            evaluation.start_latents(environment, policy, task, rng, numbers=batch)
+            for batch in _batches(range(config.evaluation.num_episodes), config.evaluation.batch_size)
         ]
         starts = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         imagined_success = _imagined_success(config, trained, starts)
@@ -188,7 +198,7 @@ def _row(
         episodes=len(episodes),
         imagined_success=imagined_success,
         seed=config.seed,
-        simulator=simulators.describe(environment),
+        simulator=_describe(environment, stage),
     )
 
 

@@ -10,6 +10,7 @@ Writes WORKDIR/chains/POLICY.json after every batch of chains (config.evaluation
 import os
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from experiments.configs import calvin_d
 from wam_jax import chains, json_files
 from wam_jax.chains import Chain
 from wam_jax.environments.calvin.environment import Calvin
-from wam_jax.evaluation import Policy
+from wam_jax.evaluation import Policy, episode_rngs
 
 
 def evaluate(
@@ -39,21 +40,23 @@ def evaluate(
       ValueError: what is there was made with other chains or another simulator.
     """
     path = os.path.join(workdir, "chains", f"{name}.json")
-    made_with = {"simulator": simulators.describe(environment), "sequences": chains.version_of(asked)}
+    made_with = {
+        "simulator": simulators.describe(environment, without=("starts", "pixels")),
+        "sequences": chains.version_of(asked),
+    }
     result = json_files.read(path, "remove it and evaluate again") if os.path.exists(path) else made_with
     for key, value in made_with.items():
-        if result[key] != value:
-            raise ValueError(f"{path}: its {key} are {result[key]}, not {value}; use another --workdir")
+        if result.get(key) != value:
+            raise ValueError(f"{path}: its {key} are {result.get(key)}, not {value}; use another --workdir")
     solved = list(result.get("solved", ()))
     size, rng, last = config.evaluation.batch_size, jax.random.key(config.evaluation.seed), count or len(asked)
     for first in tqdm(range(len(solved), last, size), desc="chains", unit="batch"):
-        batch = chains.evaluate(
-            environment, policy, asked[first : min(first + size, last)], jax.random.fold_in(rng, first)
-        )
+        numbers = np.arange(first, min(first + size, last))
+        batch = chains.evaluate(environment, policy, asked[first : numbers[-1] + 1], episode_rngs(rng, numbers))
         solved = [*solved, *batch.tolist()]
         result = made_with | chains.scores(solved, len(asked[0].tasks)) | {"solved": solved}
         json_files.write(path, result)
-    return result
+    return result | chains.scores(solved[:last], len(asked[0].tasks))
 
 
 def report(result: dict) -> str:

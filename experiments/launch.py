@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.configs import base
-from wam_jax import datasets, environments, input_pipeline, json_files, parallel, specs, world_model
+from wam_jax import datasets, environments, input_pipeline, json_files, parallel, rlds, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -231,6 +231,18 @@ def _check_agreement(config: ConfigDict) -> None:
         )
 
 
+def _check_pictures(data: ConfigDict) -> None:
+    """Checks that the simulator will draw as the pictures of the named datasets were made."""
+    for key in ("play", "demonstrations"):
+        found = rlds.pictures(data[key]) if data[key] else ""
+        if found and (found == "drawn") != (data.pictures == "drawn"):
+            raise ValueError(
+                f"config.dataset.{key}={data[key]} holds pictures that are {found!r}, and config.dataset.pictures="
+                f"{data.pictures!r}: a policy would see others in the simulator than it was trained on; take "
+                f"--config.dataset.pictures={found}"
+            )
+
+
 def _check_data(config: ConfigDict) -> None:
     """Checks the sizes of what will be collected, and opens what is there already."""
     data, window = config.dataset, config.world_model.window_length
@@ -241,6 +253,8 @@ def _check_data(config: ConfigDict) -> None:
         )
     if data.cache not in input_pipeline.STORES:
         raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.STORES)}")
+    if config.environment == "calvin":
+        _check_pictures(data)
     if not data.play:
         if window > data.play_steps:
             raise ValueError(

@@ -31,6 +31,9 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
     try:
+        for name in ("calvin_workers", "calvin_python"):
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} has no effect here: one simulator runs in this process")
         with _silence():
             figures = measure(simulators.calvin_options()["assets"], _NUM_STEPS.value)
     except ValueError as error:

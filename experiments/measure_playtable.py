@@ -77,7 +77,7 @@ def evaluate_expert(task: str, num_episodes: int) -> tables.Row:
     table = environments.make("playtable")
     result = evaluation.rollout(
         table, evaluation.ScriptedPolicy(table), task, jax.random.key(0),
-        num_episodes=num_episodes, max_steps=specs.MAX_EPISODE_STEPS,
+        numbers=range(num_episodes), max_steps=specs.MAX_EPISODE_STEPS,
     )  # fmt: skip
     return tables.make_row(
         environment=table.name, method="-", task=task, stage="expert",

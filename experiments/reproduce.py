@@ -59,7 +59,7 @@ def film(config, workdir: str) -> None:
     rng = jax.random.key(config.evaluation.seed)
     result = evaluation.rollout(  # a whole batch again: the evaluation's compiled programs serve
         simulators.make(config), policy, task, rng, films=1, max_steps=config.evaluation.max_steps,
-        num_episodes=min(config.evaluation.batch_size, config.evaluation.num_episodes),
+        numbers=range(min(config.evaluation.batch_size, config.evaluation.num_episodes)),
     )  # fmt: skip
     video, actions = jax.tree.map(lambda x: x[0], (result.video, result.actions))
     model, params = train_world_model.load(config, workdir)

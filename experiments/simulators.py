@@ -9,9 +9,8 @@ from absl import flags
 from wam_jax import environments, specs
 from wam_jax.environments.interface import Environment
 
-_CALVIN_FLAGS = ("calvin_assets", "starts", "calvin_workers", "calvin_python")
+_CALVIN_FLAGS = ("calvin_assets", "starts", "calvin_workers", "calvin_python")  # "starts": of those who evaluate
 flags.DEFINE_string("calvin_assets", "", "Folder of CALVIN's assets: calvin_env's data/, or one laid out like it")
-flags.DEFINE_string("starts", "", "CALVIN: npz of start states, taken in order; empty: random ones")
 flags.DEFINE_integer("calvin_workers", 0, "CALVIN: processes that simulate; 0: one for each core")
 flags.DEFINE_string("calvin_python", "", "CALVIN: Python that has pybullet; empty: the one that runs this")
 
@@ -28,7 +27,7 @@ def make(config, pictures: bool = True) -> Environment:
       ValueError: it cannot run here, and why.
     """
     if config.environment != "calvin":
-        given = [f"--{name}" for name in _CALVIN_FLAGS if flags.FLAGS[name].present]
+        given = [f"--{name}" for name in _CALVIN_FLAGS if name in flags.FLAGS and flags.FLAGS[name].present]
         if given:
             raise ValueError(f"{', '.join(given)}: for CALVIN only, and config.environment={config.environment!r}")
         return environments.make(config.environment)
@@ -59,9 +58,15 @@ def calvin_options() -> dict[str, Any]:
     return {"assets": _flag("calvin_assets"), "num_workers": _flag("calvin_workers"), "python": _flag("calvin_python")}
 
 
-def describe(environment: Environment) -> str:
-    """What decides the last bits of a simulator's states and pictures; empty where only this repository does."""
-    return ", ".join(f"{key} {value}" for key, value in getattr(environment, "facts", {}).items())
+def describe(environment: Environment, without: Sequence[str] = ()) -> str:
+    """What decides the last bits of a simulator's states and pictures; empty where only this repository does.
+
+    Args:
+      environment: any.
+      without: facts that made no difference: "pixels" for who does not look, "starts" where they come from elsewhere.
+    """
+    facts = getattr(environment, "facts", {})
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if key not in without)
 
 
 def check_starts(environment: Environment, tasks: Sequence[str], count: int) -> None:
@@ -75,4 +80,4 @@ def check_starts(environment: Environment, tasks: Sequence[str], count: int) -> 
 
 
 def _flag(name: str):
-    return flags.FLAGS[name].value  # the default where no command line was read, as in tests
+    return flags.FLAGS[name].value if name in flags.FLAGS else ""

@@ -130,8 +130,9 @@ class Drawer:
     def __init__(self):
         self.drawn = []  # whose pictures were asked for, at the start and after each chunk
 
-    def reset_to_task(self, rng, task, first=0):
-        return jax.random.uniform(rng, (first + len(task),), maxval=0.05)[first:]
+    def reset_to_task(self, rng, task, number):
+        assert len(task) == len(number)
+        return jax.random.uniform(rng, (100,), maxval=0.05)[np.asarray(number)]
 
     def observe(self, state, drawn=None):
         self.drawn.append(drawn)
@@ -143,8 +144,8 @@ class Drawer:
         positions = state[:, None] + 0.1 * jnp.cumsum(actions[..., 0], axis=1)
         return positions[:, -1], self.observe(positions, drawn)
 
-    def start_expert(self, rng, task, state):
-        assert task.shape == state.shape
+    def start_expert(self, rngs, task, state):
+        assert task.shape == state.shape == rngs.shape
         return state + 0.14  # where it wants the drawer
 
     def act_expert(self, expert, state):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from ml_collections import FrozenConfigDict
 from data.calvin import conversion, convert, export, pickled_npy
 from experiments import collect_calvin, launch
 from experiments.configs import calvin_d_scripted
-from wam_jax import datasets, rlds, specs
+from wam_jax import datasets, json_files, rlds, specs
 from wam_jax.environments.calvin import play
 from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.simulator import Simulator
@@ -174,6 +175,37 @@ def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(workdir
 
 
 @needs_simulator
+def test_a_collection_is_kept_to_one_simulator(workdir, tmp_path):
+    directory = tmp_path / "data" / "calvin_play"
+    directory.mkdir(parents=True)
+    facts = json_files.read(workdir / "data" / "calvin_play" / collect_calvin.SIMULATOR_FILE, "")
+    json_files.write(directory / collect_calvin.SIMULATOR_FILE, facts | {"pybullet": "3.2.5"})
+    with pytest.raises(ValueError, match="begun with another simulator .pybullet 3.2.5, now 3"):
+        collect(tmp_path)
+
+
+@needs_simulator
+def test_notes_that_were_lost_with_the_process_are_written_again(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    notes = tmp_path / "data" / "calvin_play" / collect_calvin.NOTES_FILE
+    before = json_files.read(notes, "")
+    notes.unlink()
+    collect(tmp_path)
+    after = json_files.read(notes, "")
+    assert after == {key: value for key, value in before.items() if key != "this_run"}
+
+
+@needs_simulator
+def test_pictures_that_a_policy_was_not_trained_on_are_refused(workdir):
+    changed = calvin_d_scripted.get_config()
+    changed.update_from_flattened_dict(SIZES | {"dataset.play": str(workdir / "data/calvin_play")})
+    launch.check(changed)
+    changed.dataset.pictures = "averaged"
+    with pytest.raises(ValueError, match="holds pictures that are 'drawn', and config.dataset.pictures='averaged'"):
+        launch.check(changed)
+
+
+@needs_simulator
 def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path, monkeypatch):
     flags = [f"--config.{key}={value}" for key, value in SIZES.items()]
     command = [sys.executable, "-m", "experiments.collect_calvin", f"--config={CONFIG}", *flags]
@@ -204,7 +236,9 @@ def test_an_interrupted_collection_ends_its_workers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(collect_calvin.tqdm, "update", interrupted)
     start = collect_calvin.Recorder.pools
-    monkeypatch.setattr(collect_calvin.Recorder, "pools", lambda self: pools.extend(start(self)) or pools)
+    monkeypatch.setattr(
+        collect_calvin.Recorder, "pools", lambda self, episodes: pools.extend(start(self, episodes)) or pools
+    )
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path)
     for process in (process for pool in pools for process in pool.processes):
@@ -252,6 +286,9 @@ def test_the_npz_layout_converts_to_what_was_recorded(tmp_path):
     collect_calvin.collect_play(str(tmp_path / "averaged"), settings, averaged)
     convert.convert(tmp_path / "npz", tmp_path / "small")
     helpers.assert_equal(all_of(tmp_path / "small", "validation"), all_of(tmp_path / "averaged", "validation"))
+    json_files.write(tmp_path / "npz" / "exported_from.json", {"checksums": ["of another dataset"]})
+    with pytest.raises(ValueError, match="npz holds the frames of another dataset than"):
+        export.export(tmp_path / "rlds", tmp_path / "npz")
 
 
 @needs_simulator
@@ -304,6 +341,7 @@ def test_links_that_are_not_drawn_change_no_pixel():
         for simulator in (quick, plain):
             simulator.reset(*case)
         helpers.assert_equal(quick.render(64, 64), plain.render(64, 64))
+    helpers.assert_equal(quick.render(200, 84), plain.render(200, 84))
     quick.close()
     plain.close()
 

@@ -73,6 +73,7 @@ def test_every_refused_frame_is_listed_and_costs_its_shard_only(folder, damaged,
 
 def test_check_reads_everything_and_lists_every_refused_file(folder, damaged, tmp_path):
     assert convert.check(folder) == []
+    assert len(convert.check(tmp_path / "nowhere", workers=2)) == 2  # training/ and validation/
     damage_three_frames(damaged)
     frame(damaged, 105).unlink()
     (damaged / "training" / "lang_annotations" / "auto_lang_ann.npy").write_bytes(b"no array")

@@ -177,7 +177,7 @@ def test_random_starts_are_possible_repeatable_and_of_their_own(environment, dra
     same, other = (environment.reset_to_task(jax.random.key(seed), np.arange(2)) for seed in (0, 1))
     np.testing.assert_array_equal(drawn.robot_obs[:2], same.robot_obs)
     np.testing.assert_array_equal(drawn.scene_obs[:2], same.scene_obs)
-    later = environment.reset_to_task(jax.random.key(0), np.array([1]), first=1)  # as part of a smaller batch
+    later = environment.reset_to_task(jax.random.key(0), np.array([1]), np.array([1]))  # as part of a smaller batch
     np.testing.assert_array_equal(drawn.robot_obs[1:2], later.robot_obs)
     assert (drawn.robot_obs[:2, 0] != other.robot_obs[:, 0]).all()
 
@@ -187,7 +187,7 @@ def test_experts_solve_their_tasks(drawn):
     tasks = np.arange(len(specs.TASKS))
     environment = environments.make("calvin", assets=str(ASSETS), pictures=False, num_workers=2)
     state, solved, found = drawn, np.zeros(len(tasks), bool), np.zeros(len(tasks), bool)
-    expert = environment.start_expert(jax.random.key(0), tasks, state)
+    expert = environment.start_expert(jax.random.split(jax.random.key(0), len(tasks)), tasks, state)
     for _ in range(specs.MAX_EPISODE_STEPS):
         expert, action = environment.act_expert(expert, state)
         state, _ = environment.step_chunk(state, action[:, None])
@@ -214,7 +214,7 @@ def test_contacts_are_seen(environment, recording):
 @needs_simulator
 def test_a_rollout_draws_what_is_filmed(environment):
     policy, key = evaluation.ScriptedPolicy(environment), jax.random.key(2)
-    result = evaluation.rollout(environment, policy, "turn_on_led", key, num_episodes=2, max_steps=4, films=1)
+    result = evaluation.rollout(environment, policy, "turn_on_led", key, numbers=range(2), max_steps=4, films=1)
     assert result.video.rgb_static.shape == (1, 5, 64, 64, 3) and result.video.rgb_static.any(axis=(2, 3, 4)).all()
 
 
@@ -360,9 +360,20 @@ def test_starts_that_cannot_be_used_are_named(tmp_path, changes, message):
         starts.load(path)
 
 
+@needs_simulator
 def test_a_file_of_starts_needs_the_tasks_that_are_asked_for_alone(tmp_path):
     path = write_starts(tmp_path / "starts.npz")
-    assert sorted(starts.load(path)) == ["open_drawer", "turn_on_lightbulb", "turn_on_led"]
+    environment = environments.make("calvin", assets=str(ASSETS), starts_file=path, pictures=False, num_workers=1)
+    environment.check_starts("turn_on_led", 1)
+    state = environment.reset_to_task(None, np.array([specs.task_index("turn_on_led")]))
+    np.testing.assert_array_equal(state.scene_obs[0, 4:6], 0)
+    with pytest.raises(ValueError, match="holds 0 starts of close_drawer, fewer than the 1 .* --config.tasks, without"):
+        environment.check_starts("close_drawer", 1)
+    environment.close()
+
+
+def test_files_that_are_no_starts_are_named(tmp_path):
+    path = str(tmp_path / "starts.npz")
     np.savez(path, robot_obs=np.zeros((1, 15)))
     with pytest.raises(ValueError, match="starts.npz holds no starts; expected TASK_robot_obs and TASK_scene_obs"):
         starts.load(path)

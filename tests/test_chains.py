@@ -15,7 +15,11 @@ from wam_jax import chains, environments
 from wam_jax.environments.calvin import experts, oracle, scene
 from wam_jax.types import Observation
 
-RNG = jax.random.key(0)
+
+def rngs(count):
+    return jax.random.split(jax.random.key(0), count)
+
+
 OPEN, CLOSE = chains.INSTRUCTIONS["open_drawer"], chains.INSTRUCTIONS["close_drawer"]
 
 
@@ -77,7 +81,7 @@ def make_chains(count, tasks=("open_drawer", "close_drawer", "open_drawer")):
 
 def test_a_subtask_ends_with_the_step_that_solves_it_and_a_chain_with_the_first_that_fails():
     policy = Follower(0.5, 1.0, 0.1)  # solved after 3 steps, after 2, too late
-    solved = chains.evaluate(Table(), policy, make_chains(3), RNG, max_steps=8)
+    solved = chains.evaluate(Table(), policy, make_chains(3), rngs(3), max_steps=8)
     assert solved.tolist() == [3, 3, 0]
     assert [told for told, _ in policy.told] == [[OPEN] * 3, [CLOSE] * 3, [OPEN] * 3]
     # Each subtask begins where the step that solved the last one led; the chain that failed after 8 steps stays there.
@@ -87,7 +91,9 @@ def test_a_subtask_ends_with_the_step_that_solves_it_and_a_chain_with_the_first_
 
 def test_the_limit_counts_steps_not_chunks():
     for max_steps, expected in ((10, 0), (11, 1)):
-        solved = chains.evaluate(Table(), Follower(0.115), make_chains(1, ("open_drawer",)), RNG, max_steps=max_steps)
+        solved = chains.evaluate(
+            Table(), Follower(0.115), make_chains(1, ("open_drawer",)), rngs(1), max_steps=max_steps
+        )
         assert solved.tolist() == [expected]
 
 
@@ -156,7 +162,7 @@ def test_the_experts_solve_the_subtasks_that_they_know():
     known = [_known(chain) for chain in every]
     chosen = [known.index(3), known.index(0)]
     policy = chains.ScriptedPolicy(environment)
-    solved = chains.evaluate(environment, policy, [every[i] for i in chosen], RNG, max_steps=90)
+    solved = chains.evaluate(environment, policy, [every[i] for i in chosen], rngs(2), max_steps=90)
     environment.close()
     assert solved.tolist() == [3, 0]
 

@@ -24,22 +24,30 @@ class Killed(Exception):
 @pytest.fixture
 def table(monkeypatch):
     table = helpers.Drawer()
-    monkeypatch.setattr(simulators, "make", lambda name, pictures=True: table)
+
+    def make(config, pictures=True):
+        table.pictures = pictures
+        return table
+
+    monkeypatch.setattr(simulators, "make", make)
     return table
 
 
 @pytest.fixture
 def played(monkeypatch):
-    """The batches that are played: (task, first, size); a task in `stop_at` is interrupted at that batch."""
+    """The batches that are played: task and numbers; `kill_at` ends the process as that episode ends."""
     batches, rollout = [], evaluation.rollout
 
-    def noted(environment, policy, task, rng, *, first, num_episodes, **options):
-        if (task, first) == batches.stop_at:
-            raise Killed
-        batches.append((task, first, num_episodes))
-        return rollout(environment, policy, task, rng, first=first, num_episodes=num_episodes, **options)
+    def noted(environment, policy, task, rng, *, numbers, ended, **options):
+        def keep(number, *outcome):
+            if (task, number) == batches.kill_at:
+                raise Killed
+            ended(number, *outcome)
 
-    batches = type("Batches", (list,), {"stop_at": None})()
+        batches.append((task, *numbers))
+        return rollout(environment, policy, task, rng, numbers=numbers, ended=keep, **options)
+
+    batches = type("Batches", (list,), {"kill_at": None})()
     monkeypatch.setattr(evaluation, "rollout", noted)
     return batches
 
@@ -56,19 +64,21 @@ def content(workdir):
     return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
-def test_an_interrupted_evaluation_keeps_its_batches_and_ends_as_an_undisturbed_one(table, played, tmp_path):
+def test_an_interrupted_evaluation_keeps_its_episodes_and_ends_as_an_undisturbed_one(table, played, tmp_path):
     rows = evaluate.run(make_config(), str(tmp_path / "whole"), "expert")
     assert [(row.task, row.successes, row.episodes) for row in rows] == [("open_drawer", 5, 5), ("close_drawer", 0, 5)]
-    every = [(task, first, min(2, 5 - first)) for task in TASKS for first in (0, 2, 4)]
-    assert played == every
+    assert played == [(task, *numbers) for task in TASKS for numbers in ((0, 1), (2, 3), (4,))]
     played.clear()
-    for stop_at in (every[1][:2], every[4][:2]):
-        played.stop_at = stop_at
+    for killed in (("open_drawer", 3), ("close_drawer", 0)):
+        played.kill_at = killed
         with pytest.raises(Killed):
             evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
-    played.stop_at = None
+    played.kill_at = None
     evaluate.run(make_config(), str(tmp_path / "broken"), "expert")
-    assert played == every
+    batches = [(0, 1), (2, 3), (3, 4)]  # 2 was kept
+    assert played == [("open_drawer", *numbers) for numbers in batches] + [
+        ("close_drawer", *numbers) for numbers in ((0, 1), (0, 1), (2, 3), (4,))
+    ]
     assert content(tmp_path / "broken") == content(tmp_path / "whole")
     episodes = tables.load_episodes(str(tmp_path / "broken/evaluation/expert.episodes.json"))
     assert [(episode.task, episode.number) for episode in episodes] == [(task, n) for task in TASKS for n in range(5)]
@@ -80,12 +90,12 @@ def test_a_finished_evaluation_stays_until_a_longer_one_replaces_it(table, playe
     played.clear()
     evaluate.run(make_config(num_episodes=2), str(tmp_path), "expert")
     assert played == []
-    played.stop_at = ("close_drawer", 2)
+    played.kill_at = ("close_drawer", 2)
     with pytest.raises(Killed):
         evaluate.run(make_config(num_episodes=4), str(tmp_path), "expert")
     kept = {row.task: row.episodes for row in tables.load(f"{tmp_path}/evaluation/expert.json")}
     assert kept == {"open_drawer": 4, "close_drawer": 2}
-    assert played == [("open_drawer", 2, 2)]
+    assert played == [("open_drawer", 2, 3), ("close_drawer", 2, 3)]
 
 
 def test_films_show_the_first_episodes_and_are_made_up_for(table, played, tmp_path):
@@ -93,7 +103,7 @@ def test_films_show_the_first_episodes_and_are_made_up_for(table, played, tmp_pa
     rows = (tmp_path / "table.json").read_bytes()
     played.clear()
     evaluate.run(make_config(), str(tmp_path), "expert", save_videos=3)
-    assert played == [(task, first, 2) for task in TASKS for first in (0, 2)]
+    assert played == [(task, *numbers) for task in TASKS for numbers in ((0, 1), (2,))]
     for task in TASKS:
         names = sorted(path.name for path in (tmp_path / "videos/expert" / task).iterdir())
         assert names == ["000.gif", "001.gif", "002.gif"]
@@ -103,7 +113,7 @@ def test_films_show_the_first_episodes_and_are_made_up_for(table, played, tmp_pa
     played.clear()
     os.remove(tmp_path / "videos/expert/close_drawer/002.gif")
     evaluate.run(make_config(), str(tmp_path), "expert", save_videos=99)
-    assert played == [("open_drawer", 2, 2), ("open_drawer", 4, 1), ("close_drawer", 2, 2), ("close_drawer", 4, 1)]
+    assert played == [("open_drawer", 3, 4), ("close_drawer", 2, 3), ("close_drawer", 4)]
 
 
 def test_too_few_starts_are_an_error_before_an_episode_is_played(table, played, tmp_path):
@@ -114,9 +124,19 @@ def test_too_few_starts_are_an_error_before_an_episode_is_played(table, played, 
     assert played == [] and content(tmp_path) == {}
 
 
+def test_what_nobody_saw_makes_no_difference_to_a_result(table, played, tmp_path):
+    table.facts = {"pybullet": "3", "pixels": "64 and 64"}
+    evaluate.run(make_config(), str(tmp_path), "expert")
+    table.facts = {"pybullet": "3", "pixels": "200 and 84"}
+    played.clear()
+    rows = evaluate.run(make_config(), str(tmp_path), "expert", save_videos=1)  # goes on from what is there
+    assert {row.simulator for row in rows} == {"pybullet 3"}
+    assert played == [(task, 0) for task in TASKS]
+
+
 def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
     table.facts = {"pybullet": "3", "starts": "a.npz"}
-    played.stop_at = ("open_drawer", 2)
+    played.kill_at = ("open_drawer", 2)
     with pytest.raises(Killed):
         evaluate.run(make_config(), str(tmp_path), "expert")
     table.facts = {"pybullet": "3", "starts": "random"}
@@ -144,7 +164,7 @@ def test_the_experts_binary_evaluates_and_films_in_calvin(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     (row,) = tables.load(str(tmp_path / "table.json"))
     assert (row.stage, row.task, row.successes, row.episodes) == ("expert", "turn_off_led", 2, 2)
-    assert "pixels 64 and 64" in row.simulator and "starts eval_starts.npz" in row.simulator
+    assert "starts " in row.simulator and "pixels" not in row.simulator
     with Image.open(tmp_path / "videos/expert/turn_off_led/000.gif") as film:
         assert film.n_frames > 20
 
@@ -153,17 +173,20 @@ def test_the_experts_binary_evaluates_and_films_in_calvin(tmp_path):
 def test_the_expert_is_evaluated_in_calvin_from_given_starts(monkeypatch, tmp_path):
     path = str(SHARED / "eval_starts.npz")
     calvin = environments.make("calvin", assets=str(ASSETS), starts_file=path, pictures=False, num_workers=2)
-    monkeypatch.setattr(simulators, "make", lambda name, pictures: calvin)
-    third = calvin.reset_to_task(None, np.array([specs.task_index("turn_off_led")]), first=2)
+    monkeypatch.setattr(simulators, "make", lambda config, pictures: calvin)
+    third = calvin.reset_to_task(None, np.array([specs.task_index("turn_off_led")]), np.array([2]))
     with np.load(path) as file:
         np.testing.assert_allclose(third.robot_obs[0, 7:14], file["turn_off_led_robot_obs"][2, 7:14], atol=1e-4)
     config = helpers.make_config()
     config.update(environment="calvin", tasks=("turn_off_led",))
     config.evaluation.update(num_episodes=30, batch_size=2, max_steps=40)
-    with pytest.raises(ValueError, match="eval_starts.npz holds 29 starts of turn_off_led, fewer than the 30 episodes"):
+    with pytest.raises(
+        ValueError,
+        match="holds 29 starts of turn_off_led, fewer than the 30 .* --config.evaluation.num_episodes=29",
+    ):
         evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
     config.evaluation.num_episodes = 3
     (row,) = evaluate.run(helpers.freeze(config), str(tmp_path), "expert")
     calvin.close()
     assert (row.environment, row.task, row.episodes, row.successes) == ("calvin", "turn_off_led", 3, 3)
-    assert "starts eval_starts.npz " in row.simulator and "renderer TinyRenderer" in row.simulator
+    assert "starts " in row.simulator and "renderer TinyRenderer" in row.simulator

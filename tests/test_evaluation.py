@@ -36,7 +36,7 @@ class Script:
         return 0
 
     def act(self, carry, state, rng):
-        self.keys.append(jax.random.key_data(rng).tolist())
+        self.keys.append([tuple(key) for key in jax.random.key_data(rng).tolist()])
         actions = np.zeros((len(self.speeds), self.chunk, specs.ACTION_DIM), np.float32)
         actions[..., 0] = self.speeds[:, carry : carry + self.chunk]
         return carry, jnp.asarray(actions)
@@ -51,10 +51,9 @@ def constant(*speeds):
     return np.repeat(np.float32(speeds)[:, None], 40, axis=1)
 
 
-def run(policy, *, max_steps=12, task=TASK, rng=RNG, **options):
-    return evaluation.rollout(
-        helpers.Drawer(), policy, task, rng, num_episodes=len(policy.speeds), max_steps=max_steps, **options
-    )
+def run(policy, *, max_steps=12, task=TASK, rng=RNG, first=0, **options):
+    numbers = range(first, first + len(policy.speeds))
+    return evaluation.rollout(helpers.Drawer(), policy, task, rng, numbers=numbers, max_steps=max_steps, **options)
 
 
 def test_success_and_its_first_step():
@@ -77,7 +76,7 @@ def test_success_after_the_limit_does_not_count():
     assert result.success.tolist() == [False, True, True]
     assert result.steps.tolist() == [10, 10, 2]
     assert len(policy.keys) == 3  # the third chunk began before the limit
-    assert len({tuple(key) for key in policy.keys}) == 3
+    assert len({key for keys in policy.keys for key in keys}) == 3 * 3  # an own one for each episode and decision
 
 
 def test_a_policy_is_told_what_it_did_and_what_came_of_it():
@@ -103,11 +102,11 @@ def test_only_what_is_looked_at_is_drawn():
     fast, slow, still = constant(1.0), constant(0.25), constant(0.0)
     table = helpers.Drawer()
     policy = Script(np.concatenate([fast, slow, still]))  # solved after 2, after 5 steps, never
-    evaluation.rollout(table, policy, TASK, RNG, num_episodes=3, max_steps=12)
+    evaluation.rollout(table, policy, TASK, RNG, numbers=range(3), max_steps=12)
     assert [row.tolist() for row in table.drawn] == [[True] * 3, [True] * 3, [False, True, True], [False] * 3]
     table.drawn.clear()
     policy.sees = False
-    result = evaluation.rollout(table, policy, TASK, RNG, num_episodes=3, max_steps=12, films=2)
+    result = evaluation.rollout(table, policy, TASK, RNG, numbers=range(3), max_steps=12, films=2)
     assert [row.tolist() for row in table.drawn] == [[True, True, False]] * 4
     assert result.video.rgb_static.shape == (2, 13, 64, 64, 3)
 
@@ -123,7 +122,20 @@ def test_batches_meet_the_starts_of_the_whole():
     run(whole)
     run(part, first=1)
     np.testing.assert_array_equal(whole.starts[0][1][1:], part.starts[0][1])
-    assert whole.keys[0] != part.keys[0]  # another batch, other noise
+    assert [keys[1:] for keys in whole.keys] == part.keys  # and the same noise
+
+
+def test_the_end_of_each_episode_is_told_as_it_comes():
+    told = []
+    speeds = constant(0.35, 1.0, 0.0)
+
+    class Watched(Script):
+        def act(self, carry, state, rng):
+            told.append("decision")
+            return super().act(carry, state, rng)
+
+    run(Watched(speeds), first=4, max_steps=8, ended=lambda *outcome: told.append(outcome))
+    assert told == ["decision", (5, True, 2), (4, True, 4), "decision", (6, False, 8)]
 
 
 def test_every_policy_meets_the_same_starts():
@@ -138,7 +150,7 @@ def test_every_policy_meets_the_same_starts():
 
 def test_a_scripted_expert_sees_the_state_before_each_action():
     policy = evaluation.ScriptedPolicy(helpers.Drawer())
-    result = evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=6, films=1)
+    result = evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, numbers=range(3), max_steps=6, films=1)
     assert result.success.all()
     assert result.steps.tolist() == [3] * 3  # 0.05 m a step
     # In an open loop it would push on; it stops where it wanted to be.
@@ -182,10 +194,11 @@ def test_a_latent_policy_filters_as_the_world_model_observes():
         return jax.tree.map(lambda x: x[:, index], steps.observation)
 
     with mock.patch.object(world_model, "sample_stochastic", helpers.sample_mode):
-        latents = [policy.start(None, None, observations(0), RNG)]
+        rngs = jax.random.split(RNG)
+        latents = [policy.start(None, None, observations(0), rngs)]
         for first in (0, 4):  # two chunks; action t leads to frame t + 1
             chunk, seen = steps.action[:, first : first + 4], observations(slice(first + 1, first + 5))
-            latents.append(policy.observe(latents[-1], chunk, seen, RNG))
+            latents.append(policy.observe(latents[-1], chunk, seen, rngs))
         embedding = jax.jit(functools.partial(world_model.embed, model))(params, steps.observation)
         whole = jax.jit(functools.partial(world_model.observe, model))(params, embedding, steps.action, RNG)
     for latent, t in zip(latents, (0, 4, 8), strict=True):
@@ -195,7 +208,7 @@ def test_a_latent_policy_filters_as_the_world_model_observes():
 def test_a_latent_policy_acts_within_range_and_closes_or_opens_the_gripper():
     policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
     latent = helpers.make_latents(0, (64,), CONFIG.world_model)
-    carry, chunk = policy.act(latent, None, RNG)
+    carry, chunk = policy.act(latent, None, jax.random.split(RNG, 64))
     assert carry is latent
     assert chunk.shape == (64, 4, 7)
     assert np.abs(chunk).max() <= 1
@@ -203,14 +216,31 @@ def test_a_latent_policy_acts_within_range_and_closes_or_opens_the_gripper():
     assert len(np.unique(chunk[:, 0, 0])) > 32
 
 
+def test_what_a_latent_policy_does_in_an_episode_does_not_depend_on_the_others():
+    policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
+    steps, rngs = helpers.make_steps(shape=(4, 4)), jax.random.split(RNG, 4)
+
+    def play(rows):
+        chosen = jax.tree.map(lambda x: x[rows], (steps.observation, steps.action))
+        observation, action = chosen
+        carry = policy.start(None, None, jax.tree.map(lambda x: x[:, 0], observation), rngs[rows])
+        carry = policy.observe(carry, action, observation, rngs[rows])
+        return carry, policy.act(carry, None, rngs[rows])[1]
+
+    rows = np.array([2, 0])
+    whole, some = play(np.arange(4)), play(rows)
+    helpers.assert_close(jax.tree.map(lambda x: x[rows], whole), some, atol=1e-5)
+    assert (whole[1][0] != whole[1][1]).any()
+
+
 def test_start_latents_are_those_of_the_rollout():
     policy = latent_policy(PolicyParams(policy_params(0), policy_params(0)))
     with mock.patch.object(policy, "start", wraps=policy.start) as start:
-        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=4)
-        latents = evaluation.start_latents(helpers.Drawer(), policy, TASK, RNG, num_episodes=3)
-    (*in_rollout, first_key), (*alone, second_key) = (call.args for call in start.call_args_list)
+        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, numbers=range(3), max_steps=4)
+        latents = evaluation.start_latents(helpers.Drawer(), policy, TASK, RNG, numbers=range(3))
+    (*in_rollout, first_keys), (*alone, second_keys) = (call.args for call in start.call_args_list)
     helpers.assert_equal(in_rollout, alone)
-    assert first_key == second_key
+    assert (first_keys == second_keys).all()
     assert latents.deterministic.shape == (3, CONFIG.world_model.deterministic_dim)
 
 
@@ -261,7 +291,7 @@ def workdir(tmp_path_factory):
 
 def act(policy):
     latent = helpers.make_latents(1, (5,), CONFIG.world_model)
-    return np.asarray(latent_policy(policy).act(latent, None, RNG)[1])
+    return np.asarray(latent_policy(policy).act(latent, None, jax.random.split(RNG, len(latent.logits)))[1])
 
 
 def test_the_cloned_policy_is_the_average_that_training_saved(workdir):
@@ -302,7 +332,7 @@ def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, sta
     trained = latent_policy(PolicyParams(base, states["ppo"].params.actor if stage == "ppo" else base))
     loaded = evaluate.latent_policy(CONFIG, path, stage, TASK)
     results = [
-        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, num_episodes=3, max_steps=8)
+        evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, numbers=range(3), max_steps=8)
         for policy in (trained, loaded)
     ]
     helpers.assert_equal(*results)

@@ -198,7 +198,9 @@ def test_environment_starts_are_possible_and_unsolved():
         goal = goal.at[:, index].set(jnp.where(goal[:, index] > value / 2, 0.0, value))
     assert jnp.all(specs.task_success(task, scene, goal))  # the other end of its range solves each
     np.testing.assert_array_equal(scene[:, specs.LIGHTBULB], scene[:, specs.SWITCH] > geometry.SWITCH_ON)
-    later = env.reset_to_task(jax.random.key(0), jnp.roll(task, -1), first=1)  # the same episodes, but for the first
+    later = env.reset_to_task(
+        jax.random.key(0), jnp.roll(task, -1), 1 + jnp.arange(len(task))
+    )  # the same episodes, but for the first
     helpers.assert_equal(jax.tree.map(lambda x: x[1:], state), jax.tree.map(lambda x: x[:-1], later))
     with pytest.raises(ValueError, match="task must be"):
         env.reset_to_task(jax.random.key(0), jnp.array([8]))

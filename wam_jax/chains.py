@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from wam_jax import npz_files, specs
+from wam_jax import evaluation, npz_files, specs
 from wam_jax.environments.calvin import experts, follower, oracle
-from wam_jax.environments.calvin.environment import Calvin, State
-from wam_jax.evaluation import Policy
+from wam_jax.environments.calvin.environment import Calvin, State, generators
+from wam_jax.evaluation import Policy, decision_rngs
 from wam_jax.types import Array, Observation
 
 SUBTASK_STEPS = 360
@@ -75,7 +75,7 @@ def version_of(chains: Sequence[Chain]) -> str:
 
 
 def evaluate(
-    environment: Calvin, policy: Policy, chains: Sequence[Chain], rng: Array, *, max_steps: int = SUBTASK_STEPS
+    environment: Calvin, policy: Policy, chains: Sequence[Chain], rngs: Array, *, max_steps: int = SUBTASK_STEPS
 ) -> np.ndarray:
     """Runs B chains side by side.
 
@@ -86,7 +86,7 @@ def evaluate(
       environment: their scene.
       policy: is told each subtask in words: its `start` gets B sentences, and forgets what was before.
       chains: all of one length.
-      rng: key.
+      rngs: a key for each, [B].
       max_steps: a subtask's limit.
 
     Returns:
@@ -97,8 +97,8 @@ def evaluate(
     for index, tasks in enumerate(zip(*(chain.tasks for chain in chains), strict=True)):
         alive = solved == index
         if alive.any():
-            key = jax.random.fold_in(rng, index)
-            state, success = _subtask(environment, policy, state, tasks, alive, key, max_steps)
+            keys, _ = decision_rngs(rngs, index)
+            state, success = _subtask(environment, policy, state, tasks, alive, keys, max_steps)
             solved += success
     return solved
 
@@ -109,18 +109,18 @@ def _subtask(
     state: State,
     tasks: Sequence[str],
     alive: np.ndarray,
-    rng: Array,
+    rngs: Array,
     max_steps: int,
 ) -> tuple[State, np.ndarray]:
     """Runs one subtask of the chains that are alive, bool [B]; returns who solved it, bool [B]."""
     begun = [infos[-1] for infos in state.infos]
     active, step, decision = alive, 0, 0
     observation = environment.observe(state, drawn=active & policy.sees)
-    carry = policy.start([INSTRUCTIONS[task] for task in tasks], state, observation, jax.random.fold_in(rng, 0))
+    carry = policy.start([INSTRUCTIONS[task] for task in tasks], state, observation, decision_rngs(rngs, 0)[0])
     while step < max_steps and active.any():
         decision += 1
-        act_rng, observe_rng = jax.random.split(jax.random.fold_in(rng, decision))
-        carry, chunk = policy.act(carry, state, act_rng)
+        act_rngs, observe_rngs = decision_rngs(rngs, decision)
+        carry, chunk = policy.act(carry, state, act_rngs)
         seen: list[Observation] = []
         for action in np.asarray(chunk).swapaxes(0, 1)[: max_steps - step]:
             state, observation = environment.step_chunk(
@@ -132,26 +132,23 @@ def _subtask(
             step += 1
         if step < max_steps:
             observations = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *seen)
-            carry = policy.observe(carry, chunk, observations, observe_rng)
+            carry = policy.observe(carry, chunk, observations, observe_rngs)
     return state, alive & ~active
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(evaluation.ScriptedPolicy):
     """The scripted experts, told in words; what none of them knows, it waits out."""
 
-    sees = False
-
     def __init__(self, environment: Calvin):
-        self._environment = environment
+        super().__init__(environment)
         self._tasks = {sentence: task for task, sentence in INSTRUCTIONS.items() if task in experts.EXPERTS}
 
-    def start(self, task: Sequence[str], state: State, observation: Observation, rng: Array) -> Any:
+    def start(self, task: Any, state: State, observation: Observation, rngs: Array) -> Any:
         """Plans from the state."""
         del observation
-        words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
         return tuple(
-            self._plan(sentence, state, index, np.random.default_rng([*words, index]))
-            for index, sentence in enumerate(task)
+            self._plan(sentence, state, index, rng)
+            for index, (sentence, rng) in enumerate(zip(task, generators(rngs), strict=True))
         )
 
     def _plan(self, sentence: str, state: State, index: int, rng: np.random.Generator) -> follower.Plan:
@@ -160,17 +157,6 @@ class ScriptedPolicy:
             return experts.plan(self._tasks[sentence], target, state.scene_obs[index], rng)
         here = follower.Waypoint(tuple(target[:3].tolist()), follower.AS_IS, int(state.robot_obs[index, 14]))
         return follower.Plan((here,), experts.FAST, target[:3], target[3:])
-
-    def act(self, carry: Any, state: State, rng: Array) -> tuple[Any, Array]:
-        """The next action, as a chunk of one."""
-        del rng
-        carry, action = self._environment.act_expert(carry, state)
-        return carry, action[:, None]
-
-    def observe(self, carry: Any, action: Array, observation: Observation, rng: Array) -> Any:
-        """Needs no observation."""
-        del action, observation, rng
-        return carry
 
 
 def scores(solved: Sequence[int], length: int) -> dict[str, Any]:

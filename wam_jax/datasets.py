@@ -5,7 +5,7 @@ This file and `rlds.py` are the only ones that know how episodes are stored.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,26 +128,23 @@ def episode_tasks(directory: str | Path, split: str = "train") -> list[int]:
     return [int(_task_indices(source.steps(i)["task"][:1])[0]) for i in range(len(source))]
 
 
-def read_vectors(directory: str | Path, split: str) -> dict[str, np.ndarray]:
-    """All vectors of a split, unrounded; decodes no image.
+def read_vectors(directory: str | Path, split: str) -> Iterator[dict[str, np.ndarray]]:
+    """The vectors of each episode of a split, unrounded; decodes no image.
 
     Args:
       directory: a dataset as `rlds.py` writes it.
       split: "train" or "validation".
 
-    Returns:
-      float64 robot_obs [N, 15], scene_obs [N, 24] and action [N, 7] of its N steps, episode after episode.
+    Yields:
+      float64 robot_obs [T, 15], scene_obs [T, 24] and action [T, 7].
 
     Raises:
       ValueError: no complete dataset there, or no such split.
     """
     source = Episodes(open_builder(directory, split), split)
-    rows: dict[str, list] = {"robot_obs": [], "scene_obs": [], "action": []}
     for index in range(len(source)):
         steps = source.steps(index)
-        for key, of_key in rows.items():
-            of_key.append(_float64((steps["observation"] | steps)[key]))
-    return {key: np.concatenate(of_key) for key, of_key in rows.items()}
+        yield {key: _float64((steps["observation"] | steps)[key]) for key in ("robot_obs", "scene_obs", "action")}
 
 
 def verify(directory: str | Path) -> list[str]:

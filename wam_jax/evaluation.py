@@ -1,7 +1,7 @@
 """Rollouts of any policy in any environment, and their success by CALVIN's oracle."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -21,22 +21,22 @@ class Policy(Protocol):
 
     sees: bool  # whether it looks at pictures; for one that does not, none are drawn
 
-    def start(self, task: Any, state: Any, observation: Observation, rng: Array) -> Any:
+    def start(self, task: Any, state: Any, observation: Observation, rngs: Array) -> Any:
         """Returns the carry after the first observation.
 
         Args:
           task: int32 [B], index into specs.TASKS; for policies that follow language (`chains`) B sentences.
           state: the environment's, for scripted experts.
           observation: [B, ...].
-          rng: one key.
+          rngs: B keys, one an episode, here and below.
         """
         ...
 
-    def act(self, carry: Any, state: Any, rng: Array) -> tuple[Any, Array]:
+    def act(self, carry: Any, state: Any, rngs: Array) -> tuple[Any, Array]:
         """Returns the carry and the next chunk of actions, [B, C, 7]."""
         ...
 
-    def observe(self, carry: Any, action: Array, observation: Observation, rng: Array) -> Any:
+    def observe(self, carry: Any, action: Array, observation: Observation, rngs: Array) -> Any:
         """Returns the carry after a chunk [B, C, 7] was executed and observed [B, C, ...]."""
         ...
 
@@ -57,71 +57,91 @@ def rollout(
     task: str,
     rng: Array,
     *,
-    num_episodes: int,
+    numbers: Sequence[int],
     max_steps: int,
-    first: int = 0,
     films: int = 0,
+    ended: Callable[[int, bool, int], None] = lambda number, success, steps: None,
 ) -> Rollout:
     """Runs B episodes of one task in parallel, until all are solved or the limit is reached.
 
-    Pictures are drawn for a policy that sees them, of episodes that are not solved yet, and for films.
+    Pictures are drawn for a policy that sees them, of episodes that are not solved yet, and for films. An episode is a
+    function of `rng` and its number (up to the rounding of products that depends on B), whatever runs beside it.
 
     Args:
       environment: where to run.
       policy: what to run.
       task: one of specs.TASKS.
-      rng: key; the starts depend on it alone, so every policy meets the same ones.
-      num_episodes: B.
+      rng: key; the starts depend on it and the numbers alone, so every policy meets the same ones.
+      numbers: of the B episodes, 0 or more.
       max_steps: control steps (1/30 s) an episode may take; a chunk that begins before the limit is executed whole.
-      first: number of the first episode, where a larger evaluation runs in batches; its start follows from it.
-      films: F, episodes that are filmed.
+      films: F, the first episodes of these are filmed.
+      ended: is told number, success and steps of each episode as it ends.
 
     Returns:
       success and length of every episode, and the films.
     """
-    filmed = np.arange(num_episodes) < films
-    tasks, state, observation, carry, policy_rng = _start(environment, policy, task, rng, first, filmed)
+    filmed = np.arange(len(numbers)) < films
+    tasks, state, observation, carry, policy_rngs = _start(environment, policy, task, rng, numbers, filmed)
     scene_start = np.asarray(observation.scene_obs)
-    first_success, solved = np.full(num_episodes, max_steps), np.zeros(num_episodes, bool)
+    first_success, solved = np.full(len(numbers), max_steps), np.zeros(len(numbers), bool)
     frames = [jax.tree.map(lambda x: np.asarray(x[:films, None]), observation)]
-    actions = [np.zeros((min(films, num_episodes), 0, specs.ACTION_DIM), np.float32)]
+    actions = [np.zeros((min(films, len(numbers)), 0, specs.ACTION_DIM), np.float32)]
     step = decision = 0
     while step < max_steps and (filmed | ~solved).any():
         decision += 1
-        act_rng, observe_rng = jax.random.split(jax.random.fold_in(policy_rng, decision))
-        carry, chunk = policy.act(carry, state, act_rng)
+        act_rngs, observe_rngs = decision_rngs(policy_rngs, decision)
+        carry, chunk = policy.act(carry, state, act_rngs)
         is_last = step + chunk.shape[1] >= max_steps  # nothing is decided after it, so the policy sees none of it
         drawn = filmed | (~solved & (policy.sees and not is_last))
         state, observations = environment.step_chunk(state, chunk, drawn)
         if not is_last:
-            carry = policy.observe(carry, chunk, observations, observe_rng)
+            carry = policy.observe(carry, chunk, observations, observe_rngs)
         for index, scene in enumerate(np.asarray(observations.scene_obs).swapaxes(0, 1)):
-            hit = np.asarray(specs.task_success(tasks, scene_start, scene)) & (step + index < max_steps)
-            first_success = np.where(hit & ~solved, step + index + 1, first_success)
+            hit = np.asarray(specs.task_success(tasks, scene_start, scene)) & (step + index < max_steps) & ~solved
+            first_success = np.where(hit, step + index + 1, first_success)
             solved |= hit
+            for row in np.flatnonzero(hit).tolist():
+                ended(numbers[row], True, int(first_success[row]))
         step += chunk.shape[1]
         frames.append(jax.tree.map(lambda x: np.asarray(x[:films]), observations))
         actions.append(np.asarray(chunk[:films]))
+    for row in np.flatnonzero(~solved).tolist():
+        ended(numbers[row], False, max_steps)
     video = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *frames)
     return Rollout(solved, first_success, video, np.concatenate(actions, axis=1))
 
 
 def start_latents(
-    environment: Environment, policy: Policy, task: str, rng: Array, *, num_episodes: int, first: int = 0
+    environment: Environment, policy: Policy, task: str, rng: Array, *, numbers: Sequence[int]
 ) -> LatentState:
     """The latents from which `rollout` with the same arguments begins, [B, ...]: for the same starts in imagination."""
-    return _start(environment, policy, task, rng, first, np.zeros(num_episodes, bool))[3]
+    return _start(environment, policy, task, rng, numbers, np.zeros(len(numbers), bool))[3]
 
 
-def _start(environment: Environment, policy: Policy, task: str, rng: Array, first: int, filmed: np.ndarray) -> tuple:
-    """Begins B episodes; returns tasks, state, observation, the policy's carry, and a key of its own for the rest."""
-    keys = jax.random.split(rng, first + 2)  # the starts' one, and one for the policy of each batch
-    start_rng, policy_rng = keys[0], keys[first + 1]
-    tasks = jnp.full(len(filmed), specs.task_index(task), jnp.int32)
-    state = environment.reset_to_task(start_rng, tasks, first)
+def _start(
+    environment: Environment, policy: Policy, task: str, rng: Array, numbers: Sequence[int], filmed: np.ndarray
+) -> tuple:
+    """Begins B episodes; returns tasks, state, observation, the policy's carry, and B keys for the rest."""
+    start_rng, policy_rng = jax.random.split(rng)
+    tasks = jnp.full(len(numbers), specs.task_index(task), jnp.int32)
+    state = environment.reset_to_task(start_rng, tasks, np.asarray(numbers))
     observation = environment.observe(state, filmed | policy.sees)
-    carry = policy.start(tasks, state, observation, jax.random.fold_in(policy_rng, 0))
-    return tasks, state, observation, carry, policy_rng
+    policy_rngs = episode_rngs(policy_rng, np.asarray(numbers))
+    carry = policy.start(tasks, state, observation, decision_rngs(policy_rngs, 0)[0])
+    return tasks, state, observation, carry, policy_rngs
+
+
+@jax.jit
+def episode_rngs(rng: Array, numbers: Array) -> Array:
+    """A key for each of B episodes, by its number."""
+    return jax.vmap(functools.partial(jax.random.fold_in, rng))(numbers)
+
+
+@jax.jit
+def decision_rngs(rngs: Array, decision: int) -> tuple[Array, Array]:
+    """Two keys for each of B episodes, [B] and [B]."""
+    pairs = jax.vmap(lambda rng: jax.random.split(jax.random.fold_in(rng, decision)))(rngs)
+    return pairs[:, 0], pairs[:, 1]
 
 
 class ScriptedPolicy:
@@ -132,20 +152,20 @@ class ScriptedPolicy:
     def __init__(self, environment: Environment):
         self._environment = environment
 
-    def start(self, task: Array, state: Any, observation: Observation, rng: Array) -> Any:
+    def start(self, task: Any, state: Any, observation: Observation, rngs: Array) -> Any:
         """Plans from the state."""
         del observation
-        return self._environment.start_expert(rng, task, state)
+        return self._environment.start_expert(rngs, task, state)
 
-    def act(self, carry: Any, state: Any, rng: Array) -> tuple[Any, Array]:
+    def act(self, carry: Any, state: Any, rngs: Array) -> tuple[Any, Array]:
         """The next action, as a chunk of one."""
-        del rng
+        del rngs
         carry, action = self._environment.act_expert(carry, state)
         return carry, action[:, None]
 
-    def observe(self, carry: Any, action: Array, observation: Observation, rng: Array) -> Any:
+    def observe(self, carry: Any, action: Array, observation: Observation, rngs: Array) -> Any:
         """Needs no observation."""
-        del action, observation, rng
+        del action, observation, rngs
         return carry
 
 
@@ -160,43 +180,61 @@ class LatentPolicy:
         self._policy = policy
         self._start, self._act, self._observe = _latent_policy_functions(model, settings)
 
-    def start(self, task: Array, state: Any, observation: Observation, rng: Array) -> LatentState:
+    def start(self, task: Array, state: Any, observation: Observation, rngs: Array) -> LatentState:
         """Filters the first frame."""
         del task, state
-        return self._start(self._world_model_params, observation, rng)
+        return self._start(self._world_model_params, observation, rngs)
 
-    def act(self, carry: LatentState, state: Any, rng: Array) -> tuple[LatentState, Array]:
+    def act(self, carry: LatentState, state: Any, rngs: Array) -> tuple[LatentState, Array]:
         """Samples a chunk."""
         del state
-        return carry, self._act(self._policy, carry, rng)
+        return carry, self._act(self._policy, carry, rngs)
 
-    def observe(self, carry: LatentState, action: Array, observation: Observation, rng: Array) -> LatentState:
+    def observe(self, carry: LatentState, action: Array, observation: Observation, rngs: Array) -> LatentState:
         """Filters every frame of the chunk."""
-        return self._observe(self._world_model_params, carry, action, observation, rng)
+        return self._observe(self._world_model_params, carry, action, observation, rngs)
 
 
 @functools.lru_cache(maxsize=8)
 def _latent_policy_functions(model: WorldModel, settings: Any) -> tuple[Callable, Callable, Callable]:
-    """Compiled once for every policy of one size."""
+    """Compiled once for every policy of one size; each episode draws from its own key."""
 
-    def start(params, observation, rng):
-        batch_size = observation.robot_obs.shape[0]
-        neutral = jnp.broadcast_to(jnp.asarray(specs.NEUTRAL_ACTION), (batch_size, specs.ACTION_DIM))
-        latent = world_model.initial(model, params, batch_size)
-        return world_model.observe_step(model, params, latent, neutral, observation, rng)
+    def start(params, observation, rngs):
+        neutral = jnp.asarray(specs.NEUTRAL_ACTION)[None]
 
-    def act(policy, latent, rng):
-        chunk = diffusion_policy.act(
-            policy, diffusion_policy.features(latent, settings=settings), rng, settings=settings
-        )
-        return diffusion_policy.executed(chunk)
+        def one(observation, rng):
+            return world_model.observe_step(
+                model, params, world_model.initial(model, params, 1), neutral, observation, rng
+            )
 
-    def observe(params, latent, action, observation, rng):
+        return _each(one)(observation, rng=rngs)
+
+    def act(policy, latent, rngs):
+        def one(latent, rng):
+            feature = diffusion_policy.features(latent, settings=settings)
+            return diffusion_policy.executed(diffusion_policy.act(policy, feature, rng, settings=settings))
+
+        return _each(one)(latent, rng=rngs)
+
+    def observe(params, latent, action, observation, rngs):
+        observe_step = _each(functools.partial(world_model.observe_step, model, params))
+
         def step(latent, inputs):
-            return world_model.observe_step(model, params, latent, *inputs), None
+            action, observation, rngs = inputs
+            return observe_step(latent, action, observation, rng=rngs), None
 
         time_major = jax.tree.map(lambda x: x.swapaxes(0, 1), (action, observation))
-        rngs = jax.random.split(rng, action.shape[1])
-        return jax.lax.scan(step, latent, (*time_major, rngs))[0]
+        step_rngs = jax.vmap(lambda rng: jax.random.split(rng, action.shape[1]), out_axes=1)(rngs)
+        return jax.lax.scan(step, latent, (*time_major, step_rngs))[0]
 
     return jax.jit(start), jax.jit(act), jax.jit(observe)
+
+
+def _each(function: Callable) -> Callable:
+    """From a function of batches [B, ...] and one key to one with a key for each of the B, passed as `rng`."""
+
+    def one(inputs, rng):
+        result = function(*jax.tree.map(lambda x: x[None], inputs), rng)
+        return jax.tree.map(lambda x: x[0], result)
+
+    return lambda *inputs, rng: jax.vmap(one)(inputs, rng)

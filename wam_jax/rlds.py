@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -149,6 +150,15 @@ def start_dataset(directory: str | Path, plan: Mapping) -> bool:
         return False
     shards.check_sizes(directory)
     return True
+
+
+def pictures(directory: str | Path) -> str:
+    """How a dataset's pictures were made, as its plan says: "drawn", "averaged" or "full"; empty where it does not."""
+    path = Path(directory) / PLAN_FILE
+    plan = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else {}
+    if "frames_per_shard" in plan:  # converted
+        return "averaged" if plan["image_size"] else "full"
+    return plan.get("pictures", "")
 
 
 def write_shard(
@@ -315,8 +325,8 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def _write_atomically(path: Path, write: Callable[[Path], T]) -> T:
-    """Has a file written to a temporary name, and renames it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Has a file written to a temporary name, which no other process of any machine has, and renames it."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         result = write(temporary)
         os.replace(temporary, path)

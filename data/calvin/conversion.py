@@ -15,7 +15,6 @@ from data.calvin.episodes import PlannedEpisode
 from data.calvin.npz_folder import FRAME_ARRAYS, Folder, RefusedFiles
 from wam_jax import rlds, specs
 
-SPLIT_FOLDERS = {"train": "training", "validation": "validation"}
 REPORT_FILE = "refused_files.txt"  # beside the shards, while files of the input are refused
 
 
@@ -86,7 +85,8 @@ class Shard:
 def read_folders(input_folder: Path, language_folder: str) -> tuple[dict[str, Folder], list[str]]:
     """Reads what describes the folder of each split; the second value has a line for each refused file."""
     read = {
-        split: npz_folder.read_folder(input_folder / name, language_folder) for split, name in SPLIT_FOLDERS.items()
+        split: npz_folder.read_folder(input_folder / name, language_folder)
+        for split, name in npz_folder.SPLIT_FOLDERS.items()
     }
     faults = dict.fromkeys(fault for _, of_folder in read.values() for fault in of_folder)  # in order, each once
     return {split: folder for split, (folder, _) in read.items()}, list(faults)

@@ -83,9 +83,11 @@ def _finish(shards: list[Shard], planned: Conversion) -> None:
 def main(argv: Sequence[str]) -> None:
     """Converts what the flags say, with Beam's options after `--`."""
     pool.use_cpu()
-    settings = Settings(_IMAGE_SIZE.value, _FRAMES_PER_SHARD.value, _MAX_EPISODE_STEPS.value, _LANGUAGE_FOLDER.value)
     output = Path(_OUTPUT.value)
     try:
+        settings = Settings(
+            _IMAGE_SIZE.value, _FRAMES_PER_SHARD.value, _MAX_EPISODE_STEPS.value, _LANGUAGE_FOLDER.value
+        )
         print(convert(Path(_INPUT.value), output, settings, PipelineOptions(argv[1:])))
     except RefusedFiles as error:
         sys.exit(f"error: {error}; all {len(error.faults)} in {output / conversion.REPORT_FILE}")

@@ -1,6 +1,6 @@
 """Writes a dataset of this project in CALVIN's own layout, one npz file a frame: the way back from `convert`.
 
-    python -m data.calvin.export --input=runs/calvin_scripted/data/calvin_play --output=calvin_scripted
+    python -m data.calvin.export --input=runs/calvin_full/data/calvin_play --output=calvin_scripted
 
 The dataset must have CALVIN's sizes of pictures (`collect_calvin --config.dataset.pictures=full`, or
 `convert --image_size=0`). An episode becomes a range of frames; frames are numbered through both folders. Files that
@@ -19,9 +19,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 from data.calvin import npz_folder
-from wam_jax import datasets
+from wam_jax import datasets, json_files, shards
 
-FOLDERS = {"train": "training", "validation": "validation"}
+_SOURCE_FILE = "exported_from.json"
 _EMBEDDING_SHAPE = (1, 384)  # of a sentence in the original's files
 
 
@@ -37,8 +37,9 @@ def export(directory: Path, output: Path) -> None:
     """
     builder = datasets.open_builder(directory, "train")
     _check(directory, builder)
+    _claim(output, directory)
     first, scenes = 0, dict[str, list[int]]()
-    for split, name in FOLDERS.items():
+    for split, name in npz_folder.SPLIT_FOLDERS.items():
         if split not in builder.info.splits:
             continue
         folder = output / name
@@ -57,7 +58,7 @@ def export(directory: Path, output: Path) -> None:
             annotations = list(_annotations(episodes, firsts, solved_only))
             _save(folder / language / "auto_lang_ann.npy", np.array(_language(annotations), dtype=object))
         first += sum(lengths)
-    _save(output / FOLDERS["train"] / "scene_info.npy", np.array(scenes, dtype=object))
+    _save(output / npz_folder.SPLIT_FOLDERS["train"] / "scene_info.npy", np.array(scenes, dtype=object))
 
 
 def _check(directory: Path, builder: Any) -> None:
@@ -71,6 +72,16 @@ def _check(directory: Path, builder: Any) -> None:
             )
     if "action_absolute" not in step:
         raise ValueError(f"{directory} has no action_absolute; give a dataset of CALVIN, collected or converted")
+
+
+def _claim(output: Path, directory: Path) -> None:
+    """Notes which dataset the folder is for; frames of two would look alike."""
+    path = output / _SOURCE_FILE
+    new = {"checksums": (directory / shards.CHECKSUMS_FILE).read_text().splitlines()}
+    if path.exists() and json_files.read(path, f"delete {output} and export again") != new:
+        raise ValueError(f"{output} holds the frames of another dataset than {directory}; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    json_files.write(path, new)
 
 
 def _write_frames(folder: Path, source: Sequence[dict], firsts: Sequence[int], lengths: Sequence[int]) -> None:

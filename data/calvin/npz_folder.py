@@ -24,6 +24,7 @@ FRAME_ARRAYS = {
     "rgb_static": ((200, 200, 3), np.uint8),
     "rgb_gripper": ((84, 84, 3), np.uint8),
 }
+SPLIT_FOLDERS = {"train": "training", "validation": "validation"}
 LANGUAGE_FOLDER = "lang_annotations"
 _MEND = "download or extract it again"
 

@@ -21,12 +21,12 @@ def run(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) ->
     Args:
       function: of a module, so that it can be named to another process.
       jobs: picklable.
-      workers: processes; 1 runs all jobs in this one.
+      workers: processes; 1, or a single job, stays in this one.
 
     Raises:
       ValueError: a process was killed, for example for want of memory.
     """
-    if workers == 1:
+    if min(workers, len(jobs)) <= 1:
         yield from ((job, function(job)) for job in jobs)
         return
     # Spawned, not forked: JAX and TFDS hold threads, which a fork does not copy.
@@ -50,7 +50,7 @@ def run(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) ->
 
 
 def use_cpu() -> None:
-    """Keeps the task oracle, a JAX function, off the accelerator."""
+    """Keeps what JAX computes here (rotation matrices, for the statistics) off the accelerator."""
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -16,13 +16,13 @@ class Environment(Protocol):
 
     name: str
 
-    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
+    def reset_to_task(self, rng: Array, task: Array, number: Array | None = None) -> State:
         """Draws a random start for each episode, in which its task is possible and not yet solved.
 
         Args:
           rng: one key.
           task: int32 [B], index into specs.TASKS.
-          first: number of the first episode; the key and its number decide an episode's start, not how many there are.
+          number: int [B], of each episode; its start is decided by the key, its number and its task. None: 0 to B - 1.
         """
         ...
 
@@ -48,8 +48,12 @@ class Environment(Protocol):
         """
         ...
 
-    def start_expert(self, rng: Array, task: Array, state: State) -> State:
-        """Plans a scripted expert's attempt at task [B] in each episode; returns what `act_expert` carries along."""
+    def start_expert(self, rngs: Array, task: Array, state: State) -> State:
+        """Plans a scripted expert's attempt at task [B] in each episode, with a key for each, [B].
+
+        Returns:
+          what `act_expert` carries along.
+        """
         ...
 
     def act_expert(self, expert: State, state: State) -> tuple[State, Array]:

@@ -1,7 +1,6 @@
 """CALVIN as a batch of episodes, `interface.Environment`, on worker processes."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import jax
@@ -28,7 +27,7 @@ class State:
     scene_obs: np.ndarray  # float64 [B, 24]
     target: np.ndarray  # float64 [B, 6], position and Euler angles that actions are added to
     infos: tuple[tuple[Info, ...], ...]  # B times the moments of the last chunk (one after a reset), for the oracle
-    reported: tuple[bool, ...]  # whether an unreachable target was reported, once an episode
+    unreported: tuple[str, ...]  # names of the episodes; empty once an unreachable target was reported
 
 
 class Calvin:
@@ -65,16 +64,15 @@ class Calvin:
         self._scene, self._pictures, self._starts_file = scene, pictures, starts_file
         self._starts = starts.load(starts_file) if starts_file else None
         sizes = scenes.picture_sizes(image_size)
-        self._drawn = " and ".join(map(str, sizes)) if pictures else ""
+        self._drawn = " and ".join(map(str, sizes))
         settings = Settings(assets, scene, *sizes, pictures=pictures)
         self._pool = Pool(settings, num_workers, python)
 
     @property
     def facts(self) -> dict[str, str]:
         """Versions, renderer, assets and starts: what a result should record."""
-        given = f"{os.path.basename(self._starts_file)} {starts.version_of(self._starts)}" if self._starts else "random"
-        drawn = {"pixels": self._drawn} if self._drawn else {}
-        return self._pool.facts | {"starts": given} | drawn
+        given = starts.version_of(self._starts) if self._starts else "random"
+        return self._pool.facts | {"starts": given, "pixels": self._drawn}
 
     def check_starts(self, task: str, count: int) -> None:
         """Checks that a task has as many starts.
@@ -84,16 +82,17 @@ class Calvin:
         """
         given = count if self._starts is None else len(self._starts.get(task, ()))
         if given < count:
+            mend = f"--config.evaluation.num_episodes={given}" if given else "--config.tasks, without it"
             raise ValueError(
                 f"{self._starts_file} holds {given} starts of {task}, fewer than the {count} episodes asked for; give "
-                f"more, or take --config.evaluation.num_episodes={given}"
+                f"more, or a --config and {mend}"
             )
 
     def close(self) -> None:
         """Ends the workers."""
         self._pool.close()
 
-    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
+    def reset_to_task(self, rng: Array, task: Array, number: Array | None = None) -> State:
         """See `interface.Environment`.
 
         Raises:
@@ -102,21 +101,24 @@ class Calvin:
         task = np.asarray(task)
         if task.ndim != 1 or ((task < 0) | (task >= len(specs.TASKS))).any():
             raise ValueError(f"task must be [B] with entries 0..{len(specs.TASKS) - 1}, got {task}")
-        names = [specs.TASKS[i] for i in task]
+        numbers = range(len(task)) if number is None else np.asarray(number).tolist()
+        chosen = [(specs.TASKS[i], n) for i, n in zip(task, numbers, strict=True)]
+        names = [f"{name} {n}" for name, n in chosen]
         if self._starts is None:
             words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
-            return self._begin(self._pool.draw(names, [(*words, first + index) for index in range(len(names))]))
-        for name in set(names):
-            self.check_starts(name, first + names.count(name))
-        return self._begin([begin(*self._starts[name][first + names[:i].count(name)]) for i, name in enumerate(names)])
+            return self._begin(self._pool.draw([name for name, _ in chosen], [(*words, n) for _, n in chosen]), names)
+        for name, n in chosen:
+            self.check_starts(name, n + 1)
+        return self._begin([begin(*self._starts[name][n]) for name, n in chosen], names)
 
     def reset_to(self, robot_obs: np.ndarray, scene_obs: np.ndarray) -> State:
         """Begins episodes in recorded states, [B, 15] and [B, 24]."""
-        return self._begin([begin(*start) for start in zip(robot_obs, scene_obs, strict=True)])
+        episodes = [begin(*start) for start in zip(robot_obs, scene_obs, strict=True)]
+        return self._begin(episodes, [str(number) for number in range(len(episodes))])
 
-    def _begin(self, episodes: Sequence[Episode]) -> State:
+    def _begin(self, episodes: Sequence[Episode], names: Sequence[str]) -> State:
         frames = self._pool.look(episodes, [False] * len(episodes))
-        return _state(episodes, frames, (False,) * len(episodes))
+        return _state(episodes, frames, tuple(names))
 
     def observe(self, state: State, drawn: Array | None = None) -> Observation:
         """See `interface.Environment`."""
@@ -140,10 +142,10 @@ class Calvin:
         stepped = np.ones(len(actions), bool) if active is None else np.asarray(active)
         share = [a if s else a[:0] for a, s in zip(actions, stepped, strict=True)]
         episodes, frames = self._pool.step(state.episodes, share, self._render(drawn, len(actions)))
-        reported = tuple(map(self._report, range(len(frames)), frames, state.reported))
-        return _state(episodes, frames, reported), _observation(frames)
+        unreported = tuple(map(_report, state.unreported, frames))
+        return _state(episodes, frames, unreported), _observation(frames)
 
-    def start_expert(self, rng: Array, task: Array, state: State) -> tuple[follower.Plan, ...]:
+    def start_expert(self, rngs: Array, task: Array, state: State) -> tuple[follower.Plan, ...]:
         """See `interface.Environment`.
 
         Raises:
@@ -151,11 +153,9 @@ class Calvin:
         """
         if self._scene != "D":
             raise ValueError(f"the scripted experts know scene D only, not {self._scene}")
-        words = np.asarray(jax.random.key_data(rng)).ravel().tolist()
-        episodes = zip(np.asarray(task), state.target, state.scene_obs, strict=True)
+        episodes = zip(np.asarray(task), state.target, state.scene_obs, generators(rngs), strict=True)
         return tuple(
-            experts.plan(specs.TASKS[int(t)], target, scene_obs, np.random.default_rng([*words, index]))
-            for index, (t, target, scene_obs) in enumerate(episodes)
+            experts.plan(specs.TASKS[int(t)], target, scene_obs, rng) for t, target, scene_obs, rng in episodes
         )
 
     def act_expert(self, expert: tuple[follower.Plan, ...], state: State) -> tuple[tuple[follower.Plan, ...], Array]:
@@ -167,15 +167,23 @@ class Calvin:
         wanted = [True] * count if drawn is None else np.asarray(drawn).tolist()
         return [self._pictures and bool(w) for w in wanted]
 
-    def _report(self, index: int, frames: Frames, reported: bool) -> bool:
-        error = frames.reach_error.max()
-        if error > OUT_OF_REACH and not reported:
-            logging.warning(
-                "episode %d: the target is out of reach, the arm stays %.0f mm from it; CALVIN itself says nothing",
-                index,
-                1000 * error,
-            )
-        return reported or bool(error > OUT_OF_REACH)
+
+def generators(rngs: Array) -> list[np.random.Generator]:
+    """A numpy generator from each of B keys."""
+    return [np.random.default_rng(words) for words in np.asarray(jax.random.key_data(rngs)).tolist()]
+
+
+def _report(name: str, frames: Frames) -> str:
+    """Warns, once an episode, of a target that the arm cannot reach; returns the name of one still to be warned of."""
+    error = frames.reach_error.max()
+    if error <= OUT_OF_REACH or not name:
+        return name
+    logging.warning(
+        "episode %s: the target is out of reach, the arm stays %.0f mm from it; CALVIN itself says nothing",
+        name,
+        1000 * error,
+    )
+    return ""
 
 
 def _executable(actions: np.ndarray, count: int) -> np.ndarray:
@@ -193,14 +201,14 @@ def _executable(actions: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([actions[..., :6], gripper], axis=-1)
 
 
-def _state(episodes: Sequence[Episode], frames: Sequence[Frames], reported: tuple[bool, ...]) -> State:
+def _state(episodes: Sequence[Episode], frames: Sequence[Frames], unreported: tuple[str, ...]) -> State:
     return State(
         episodes=tuple(episodes),
         robot_obs=np.stack([f.robot_obs[-1] for f in frames]),
         scene_obs=np.stack([f.scene_obs[-1] for f in frames]),
         target=np.stack([f.target[-1] for f in frames]),
         infos=tuple(f.infos for f in frames),
-        reported=reported,
+        unreported=unreported,
     )
 
 

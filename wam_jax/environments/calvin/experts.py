@@ -12,7 +12,6 @@ from wam_jax.environments.calvin.follower import AS_IS, Plan, Waypoint
 SLOW, FAST = 0.6, 0.95  # bounds of the speed drawn for each attempt, in units of action
 _TILT = (math.pi + 0.6, 0.0, 0.0)  # the tip leans towards the panel: straight down, the arm cannot reach the switch
 _TRAVEL_Z = 0.60
-_SLIDER, _DRAWER, _SWITCH = 0, 1, 3  # entries of scene_obs
 _BUTTON_XY = (-0.12, -0.12)
 _HANDLE_X = 0.18  # of the drawer
 _SWITCH_X = 0.30
@@ -65,7 +64,7 @@ def _press_button(scene_obs: np.ndarray, jitter: Jitter) -> Path:
 
 def _open_drawer(scene_obs: np.ndarray, jitter: Jitter) -> Path:
     """The closed fingers go down between front and handle bar, and pull it 3 cm beyond its end."""
-    x, y, pulled = _HANDLE_X + jitter(0.05), -0.212 - scene_obs[_DRAWER], -0.462 + jitter(0.02)
+    x, y, pulled = _HANDLE_X + jitter(0.05), -0.212 - scene_obs[scene.OBS_DRAWER], -0.462 + jitter(0.02)
     return [
         Waypoint((x, y, 0.52), scene.DOWN, tolerance=0.02),
         Waypoint((x, y, 0.42), scene.DOWN),
@@ -77,7 +76,7 @@ def _open_drawer(scene_obs: np.ndarray, jitter: Jitter) -> Path:
 
 def _close_drawer(scene_obs: np.ndarray, jitter: Jitter) -> Path:
     """The closed fingers push the bar from outside."""
-    x, y, pushed = _HANDLE_X + jitter(0.05), -0.30 - scene_obs[_DRAWER], -0.245 + jitter(0.01)
+    x, y, pushed = _HANDLE_X + jitter(0.05), -0.30 - scene_obs[scene.OBS_DRAWER], -0.245 + jitter(0.01)
     return [
         Waypoint((x, y, 0.52), scene.DOWN, tolerance=0.02),
         Waypoint((x, y, 0.37), scene.DOWN),
@@ -98,11 +97,11 @@ def _push_slider(start_x: float, side: int, end_x: float, leave_x: float, z: flo
 
 
 def _move_slider_left(scene_obs: np.ndarray, jitter: Jitter) -> Path:
-    return _push_slider(0.102 - scene_obs[_SLIDER], 1, -0.225, -0.19, 0.515 + jitter(0.01))
+    return _push_slider(0.102 - scene_obs[scene.OBS_SLIDER], 1, -0.225, -0.19, 0.515 + jitter(0.01))
 
 
 def _move_slider_right(scene_obs: np.ndarray, jitter: Jitter) -> Path:
-    return _push_slider(-0.022 - scene_obs[_SLIDER], -1, 0.025, -0.01, 0.515 + jitter(0.01))
+    return _push_slider(-0.022 - scene_obs[scene.OBS_SLIDER], -1, 0.025, -0.01, 0.515 + jitter(0.01))
 
 
 def _turn_off_lightbulb(scene_obs: np.ndarray, jitter: Jitter) -> Path:
@@ -135,7 +134,7 @@ def _turn_on_lightbulb(scene_obs: np.ndarray, jitter: Jitter) -> Path:
 
 def _switch_shift(scene_obs: np.ndarray) -> tuple[float, float]:
     """How far along y and z the switch's bar was raised; it slides on a slope of 60 degrees."""
-    return 0.5 * scene_obs[_SWITCH], 0.866 * scene_obs[_SWITCH]
+    return 0.5 * scene_obs[scene.OBS_SWITCH], 0.866 * scene_obs[scene.OBS_SWITCH]
 
 
 EXPERTS: dict[str, Callable[[np.ndarray, Jitter], Path]] = {

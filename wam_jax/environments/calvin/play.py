@@ -1,6 +1,6 @@
 """Recorded data, as Playtable's: play that goes from one attempt to the next without resets, and demonstrations.
 
-A world model that never saw a failure imagines none. About half of the attempts in play are therefore disturbed: placed
+A world model that never saw a failure imagines none. Three of five attempts in play are therefore disturbed: placed
 2 to 4.5 cm beside their goal, pushed only part of the way, broken off, or with fingers that close early, late or not
 at all. Between attempts the hand moves freely, also among the fixtures. After a failure play simply goes on.
 """
@@ -33,16 +33,15 @@ _TABLE_EDGE, _ABOVE_TABLE = -0.24, 0.46  # m: beyond this y the hand stays above
 _TURN = (0.2, 0.2, 0.6)  # half range of roll, pitch and yaw
 
 # An attempt is labelled if its entry of scene_obs is within this range: the oracle can then find it solved.
-_SLIDER, _DRAWER, _LIGHTBULB, _LED = 0, 1, 4, 5
 _LABELLED = {
-    "open_drawer": (_DRAWER, -1.0, 0.07),
-    "close_drawer": (_DRAWER, 0.15, 1.0),
-    "move_slider_left": (_SLIDER, -1.0, 0.095),
-    "move_slider_right": (_SLIDER, 0.185, 1.0),
-    "turn_on_lightbulb": (_LIGHTBULB, -1.0, 0.5),
-    "turn_off_lightbulb": (_LIGHTBULB, 0.5, 2.0),
-    "turn_on_led": (_LED, -1.0, 0.5),
-    "turn_off_led": (_LED, 0.5, 2.0),
+    "open_drawer": (scene.OBS_DRAWER, -1.0, 0.07),
+    "close_drawer": (scene.OBS_DRAWER, 0.15, 1.0),
+    "move_slider_left": (scene.OBS_SLIDER, -1.0, 0.095),
+    "move_slider_right": (scene.OBS_SLIDER, 0.185, 1.0),
+    "turn_on_lightbulb": (scene.OBS_LIGHTBULB, -1.0, 0.5),
+    "turn_off_lightbulb": (scene.OBS_LIGHTBULB, 0.5, 2.0),
+    "turn_on_led": (scene.OBS_LED, -1.0, 0.5),
+    "turn_off_led": (scene.OBS_LED, 0.5, 2.0),
 }
 
 

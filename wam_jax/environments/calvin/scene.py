@@ -53,6 +53,7 @@ TABLE_LINKS = {
     PLANK: "plank_link",
 }
 JOINT_FORCE = 4  # N; friction of slider, drawer and switch, spring of the button
+OBS_SLIDER, OBS_DRAWER, OBS_BUTTON, OBS_SWITCH, OBS_LIGHTBULB, OBS_LED = range(6)  # entries of scene_obs
 BUTTON_RANGE, SWITCH_RANGE = 0.02, 0.088  # m; pressed, or on, beyond half of it
 LIGHT_COLORS = {LED: (0, 1, 0, 1), LIGHTBULB: (1, 1, 0, 1)}
 OFF_COLOR = (1, 1, 1, 1)

@@ -13,19 +13,22 @@ from wam_jax.environments.calvin.simulator import Simulator
 Start = tuple[np.ndarray, np.ndarray]  # robot_obs [15] and scene_obs [24] to reset to
 
 # A task's own joint in a random start, and the same entry of scene_obs: (index, low, high, end stop among them).
-_SLIDER, _DRAWER, _SWITCH, _LIGHTBULB, _LED = 0, 1, 3, 4, 5  # entries of scene_obs
 _OWN_JOINT = {
-    "open_drawer": (_DRAWER, 0.0, 0.06, 0.0),
-    "close_drawer": (_DRAWER, 0.16, 0.22, scene.DRAWER_OPEN),
-    "move_slider_left": (_SLIDER, 0.0, 0.08, 0.0),
-    "move_slider_right": (_SLIDER, 0.20, 0.28, scene.SLIDER_LEFT),
-    "turn_on_lightbulb": (_SWITCH, 0.0, 0.02, 0.0),
-    "turn_off_lightbulb": (_SWITCH, 0.062, 0.088, scene.SWITCH_ON),
+    "open_drawer": (scene.OBS_DRAWER, 0.0, 0.06, 0.0),
+    "close_drawer": (scene.OBS_DRAWER, 0.16, 0.22, scene.DRAWER_OPEN),
+    "move_slider_left": (scene.OBS_SLIDER, 0.0, 0.08, 0.0),
+    "move_slider_right": (scene.OBS_SLIDER, 0.20, 0.28, scene.SLIDER_LEFT),
+    "turn_on_lightbulb": (scene.OBS_SWITCH, 0.0, 0.02, 0.0),
+    "turn_off_lightbulb": (scene.OBS_SWITCH, 0.062, 0.088, scene.SWITCH_ON),
 }
 _OWN_LED = {"turn_on_led": 0, "turn_off_led": 1}
 TASKS = (*_OWN_JOINT, *_OWN_LED)
 _END_STOP_SHARE, _OTHER_END_SHARE = 0.35, 0.3
-_JOINT_HIGH = {_SLIDER: scene.SLIDER_LEFT, _DRAWER: scene.DRAWER_OPEN, _SWITCH: scene.SWITCH_ON}
+_JOINT_HIGH = {
+    scene.OBS_SLIDER: scene.SLIDER_LEFT,
+    scene.OBS_DRAWER: scene.DRAWER_OPEN,
+    scene.OBS_SWITCH: scene.SWITCH_ON,
+}
 
 # Where the hand wanders before a start, and how the target may look: position low and high, spread of the angles.
 _HAND_LOW, _HAND_HIGH = (-0.18, -0.30, 0.53), (0.28, -0.10, 0.65)
@@ -37,21 +40,21 @@ _TRIES = 200
 # Otherwise a task is impossible or already done: entries of scene_obs, and what each must lie between. The bulb follows
 # its switch at the first step, so both must agree.
 _POSSIBLE = {
-    "open_drawer": ((_DRAWER, -0.01, 0.10),),
-    "close_drawer": ((_DRAWER, 0.12, 0.24),),
-    "move_slider_left": ((_SLIDER, -0.01, 0.13),),
-    "move_slider_right": ((_SLIDER, 0.15, 0.32),),
-    "turn_on_lightbulb": ((_LIGHTBULB, 0, 0), (_SWITCH, -0.01, scene.SWITCH_RANGE / 2)),
-    "turn_off_lightbulb": ((_LIGHTBULB, 1, 1), (_SWITCH, scene.SWITCH_RANGE / 2, 0.10)),
-    "turn_on_led": ((_LED, 0, 0),),
-    "turn_off_led": ((_LED, 1, 1),),
+    "open_drawer": ((scene.OBS_DRAWER, -0.01, 0.10),),
+    "close_drawer": ((scene.OBS_DRAWER, 0.12, 0.24),),
+    "move_slider_left": ((scene.OBS_SLIDER, -0.01, 0.13),),
+    "move_slider_right": ((scene.OBS_SLIDER, 0.15, 0.32),),
+    "turn_on_lightbulb": ((scene.OBS_LIGHTBULB, 0, 0), (scene.OBS_SWITCH, -0.01, scene.SWITCH_RANGE / 2)),
+    "turn_off_lightbulb": ((scene.OBS_LIGHTBULB, 1, 1), (scene.OBS_SWITCH, scene.SWITCH_RANGE / 2, 0.10)),
+    "turn_on_led": ((scene.OBS_LED, 0, 0),),
+    "turn_off_led": ((scene.OBS_LED, 1, 1),),
 }
 _NAMES = {
-    _SLIDER: "the slider",
-    _DRAWER: "the drawer",
-    _SWITCH: "the switch",
-    _LIGHTBULB: "the lightbulb",
-    _LED: "the LED",
+    scene.OBS_SLIDER: "the slider",
+    scene.OBS_DRAWER: "the drawer",
+    scene.OBS_SWITCH: "the switch",
+    scene.OBS_LIGHTBULB: "the lightbulb",
+    scene.OBS_LED: "the LED",
 }
 
 
@@ -102,8 +105,8 @@ def _random_scene(of: Scene, task: str, rng: np.random.Generator) -> np.ndarray:
     if task in _OWN_JOINT:
         index, low, high, stop = _OWN_JOINT[task]
         scene_obs[index] = stop if rng.uniform() < _END_STOP_SHARE else rng.uniform(low, high)
-    scene_obs[_LIGHTBULB] = scene_obs[_SWITCH] > scene.SWITCH_RANGE / 2
-    scene_obs[_LED] = _OWN_LED.get(task, int(rng.integers(2)))
+    scene_obs[scene.OBS_LIGHTBULB] = scene_obs[scene.OBS_SWITCH] > scene.SWITCH_RANGE / 2
+    scene_obs[scene.OBS_LED] = _OWN_LED.get(task, int(rng.integers(2)))
     for block in scene_obs[6:].reshape(3, 6):
         low_xy, high_xy = of.surfaces[rng.choice(sorted(of.surfaces))]
         block[:3] = *rng.uniform(low_xy, high_xy), scene.SURFACE_HEIGHT

@@ -37,7 +37,7 @@ class Playtable:
 
     name = "playtable"
 
-    def reset_to_task(self, rng: Array, task: Array, first: int = 0) -> State:
+    def reset_to_task(self, rng: Array, task: Array, number: Array | None = None) -> State:
         """See `interface.Environment`.
 
         Raises:
@@ -46,7 +46,8 @@ class Playtable:
         task = jnp.asarray(task, jnp.int32)
         if task.ndim != 1 or bool(jnp.any((task < 0) | (task >= len(specs.TASKS)))):
             raise ValueError(f"task must be [B] with entries 0..{len(specs.TASKS) - 1}, got {task}")
-        return _reset_to_task(jax.random.split(rng, first + task.shape[0])[first:], task)
+        number = jnp.arange(len(task)) if number is None else jnp.asarray(number)
+        return _reset_to_task(jax.random.split(rng, int(number.max()) + 1)[number], task)
 
     def observe(self, state: State, drawn: Array | None = None) -> Observation:
         """See `interface.Environment`; everything is drawn."""
@@ -64,9 +65,9 @@ class Playtable:
             raise ValueError(f"actions must be [B, C, {specs.ACTION_DIM}], got {actions.shape}")
         return _step_chunk(state, actions)
 
-    def start_expert(self, rng: Array, task: Array, state: State) -> experts.Expert:
+    def start_expert(self, rngs: Array, task: Array, state: State) -> experts.Expert:
         """See `interface.Environment`."""
-        return _start_expert(jax.random.split(rng, task.shape[0]), task, state)
+        return _start_expert(rngs, task, state)
 
     def act_expert(self, expert: experts.Expert, state: State) -> tuple[experts.Expert, Array]:
         """See `interface.Environment`."""

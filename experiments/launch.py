@@ -251,8 +251,8 @@ def _check_data(config: ConfigDict) -> None:
         raise ValueError(
             f"config.dataset.pictures={data.pictures!r}; expected one of {', '.join(pictures)} for {config.environment}"
         )
-    if data.cache not in input_pipeline.STORES:
-        raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.STORES)}")
+    if data.cache not in input_pipeline.CACHES:
+        raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.CACHES)}")
     if config.environment == "calvin":
         _check_pictures(data)
     if not data.play:

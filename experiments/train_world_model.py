@@ -39,8 +39,9 @@ def run(config, workdir: str) -> None:
             cache=config.dataset.cache,
         )
 
+    take = functools.partial(input_pipeline.take_windows, length=settings.window_length, axis_name=parallel.AXIS_NAME)
     training.fit(
-        parallel.compile_updates(update, devices),
+        parallel.compile_updates(update, devices, take=take if config.dataset.cache == "device" else None),
         jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(config.seed)),
         make_batches,
         stage=STAGE,

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
-from wam_jax import rlds, specs, world_model
+from wam_jax import input_pipeline, parallel, rlds, specs, world_model
 from wam_jax.types import LatentState, Observation, StepBatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,3 +238,18 @@ def _fingerprint(episodes: Sequence[rlds.Episode]) -> str:
         for array in (episode.steps.action, episode.steps.observation.robot_obs, episode.steps.observation.scene_obs):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def resident_windows(directory: str | Path, length: int, count: int, num_devices: int, **arguments) -> StepBatch:
+    """What updates get of data that live on the devices: windows [updates, B, T, ...] in the order of the batch."""
+    arguments = {"directory": directory, "split": "train", "length": length, "seed": 0, "cache": "device"} | arguments
+    batches = input_pipeline.make_batches(num_devices=num_devices, **arguments)
+    cut = functools.partial(input_pipeline.take_windows, length=length, axis_name=parallel.AXIS_NAME)
+    devices = parallel.local_devices(num_devices)
+    run = parallel.compile_updates(lambda state, batch, rng: (state, batch), devices, take=cut)
+    try:
+        found = [run(parallel.replicate(np.zeros(()), devices), next(batches), 0, 0)[1] for _ in range(count)]
+    finally:
+        batches.close()
+    joined = [jax.tree.map(lambda x: np.concatenate(np.asarray(x), axis=1), batch) for batch in found]
+    return jax.tree.map(lambda *x: np.concatenate(x), *joined)

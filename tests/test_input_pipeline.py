@@ -1,5 +1,6 @@
 """Windows stay within episodes, come in an order that is a function of (seed, step), and bad input is named."""
 
+import shutil
 import threading
 
 import helpers
@@ -223,6 +224,34 @@ def test_a_shard_damaged_inside_is_named(tmp_path, cache):
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}: episode 0 of 'train' cannot be read .*write it again"):
         take(tmp_path, 1, cache=cache)
+
+
+def test_all_caches_give_the_same_windows(directory):
+    arguments = dict(batch_size=8, start_step=3, updates_per_dispatch=2)
+    streamed, *others = (take(directory, 3, cache, **arguments) for cache in ("none", "memory", "mmap"))
+    for other in others:
+        helpers.assert_equal(other, streamed)
+    expected = jax.tree.map(lambda *x: np.concatenate(x, axis=1)[0], *streamed)
+    found = helpers.resident_windows(directory, T, 3, 1, **arguments)
+    assert found.action.shape == (6, 8, T, 7)
+    helpers.assert_equal(found, expected)
+
+
+def test_a_raw_cache_is_made_once_and_anew_for_other_shards(tmp_path, monkeypatch):
+    helpers.write_dataset(tmp_path / "a", "windows", {"train": [make_episode(0, 9)]})
+    first = take(tmp_path / "a", 1, "mmap")
+    monkeypatch.setattr(datasets, "decode", None)  # nothing is decoded again
+    helpers.assert_equal(take(tmp_path / "a", 1, "mmap"), first)
+    monkeypatch.undo()
+    helpers.write_dataset(tmp_path / "b", "windows", {"train": [make_episode(5, 9)]})
+    shutil.copytree(tmp_path / "a" / "raw-train", tmp_path / "b" / "raw-train")
+    other = take(tmp_path / "b", 1, "mmap")
+    helpers.assert_equal(other, take(tmp_path / "b", 1, "memory"))
+    assert not list((tmp_path / "b").glob("*.tmp"))
+    path = tmp_path / "b" / "raw-train" / "rgb_static.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="raw-train is damaged .*delete it, it is then made anew"):
+        take(tmp_path / "b", 1, "mmap")
 
 
 def test_closing_ends_every_thread(directory):

@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from wam_jax import datasets, parallel, specs
-from wam_jax.types import Observation, StepBatch
+from wam_jax import datasets, parallel, raw_cache
+from wam_jax.types import Array, StepBatch
 
 
 class StreamingStore:
@@ -41,7 +45,21 @@ class MemoryStore:
         return jax.tree.map(lambda x: x[start : start + length], self._episodes[episode])
 
 
-STORES = {"none": StreamingStore, "memory": MemoryStore}  # by the name that `cache` gives
+class MappedStore:
+    """Slices a raw cache on disk, which is built at the first use."""
+
+    def __init__(self, directory: str | Path, split: str):
+        self._steps = raw_cache.load(directory, split)
+        self._first = _firsts(datasets.episode_lengths(directory, split))
+
+    def window(self, episode: int, start: int, length: int) -> StepBatch:
+        """Returns `length` steps of an episode from step `start` on, numpy views [length, ...]."""
+        first = self._first[episode] + start
+        return jax.tree.map(lambda x: x[first : first + length], self._steps)
+
+
+STORES = {"none": StreamingStore, "memory": MemoryStore, "mmap": MappedStore}  # by the name that `cache` gives
+CACHES = (*STORES, "device")
 
 
 class Windows:
@@ -112,7 +130,7 @@ class Batches:
 
     def __init__(
         self,
-        load: Callable[[int], StepBatch],
+        load: Callable[[int], Any],
         start_step: int,
         updates_per_dispatch: int,
         prefetch: int,
@@ -121,7 +139,7 @@ class Batches:
         """Starts loading.
 
         Args:
-          load: from the first update of a dispatch to its batch.
+          load: from the first update of a dispatch to its batch, a StepBatch or a ResidentBatch.
           start_step: first update of the first batch.
           updates_per_dispatch: updates a batch is for.
           prefetch: batches to hold ready.
@@ -138,10 +156,10 @@ class Batches:
             self._request(start_step + i * updates_per_dispatch)
         self._next_request = start_step + prefetch * updates_per_dispatch
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> StepBatch:
+    def __next__(self) -> Any:
         start = time.perf_counter()
         batch = self._ready.popleft().result()
         self.seconds_waiting += time.perf_counter() - start
@@ -191,14 +209,15 @@ def make_batches(
       prefetch: batches held ready on the devices.
 
     Returns:
-      an iterator of StepBatch [D, N, B / (D * process_count), T, ...], the axis D over the devices.
+      an iterator of StepBatch [D, N, B / (D * process_count), T, ...], the axis D over the devices; with "device" of
+      ResidentBatch.
 
     Raises:
       ValueError: no complete dataset, no such split, a window longer than every episode, a batch that does not divide,
         or an unknown cache mode.
     """
-    if cache not in STORES:
-        raise ValueError(f"cache={cache!r} is not known; choose one of {', '.join(STORES)}")
+    if cache not in CACHES:
+        raise ValueError(f"cache={cache!r} is not known; choose one of {', '.join(CACHES)}")
     if min(length, updates_per_dispatch, prefetch) < 1:
         raise ValueError(
             f"length={length}, updates_per_dispatch={updates_per_dispatch} and prefetch={prefetch} must be at least 1"
@@ -206,6 +225,12 @@ def make_batches(
     devices = parallel.local_devices(num_devices)
     parallel.check_batch_size(batch_size, len(devices) * process_count)
     windows = Windows(datasets.episode_lengths(directory, split), length, seed)
+    if cache == "device":
+        if process_count > 1:
+            raise ValueError("cache='device' is for one process; choose 'mmap' or 'none'")
+        return _resident_batches(
+            directory, split, windows, batch_size, start_step, devices, updates_per_dispatch, prefetch
+        )
     store = STORES[cache](directory, split)
     pool = ThreadPoolExecutor(datasets.num_threads(), thread_name_prefix="windows")
 
@@ -218,30 +243,108 @@ def make_batches(
     return Batches(load, start_step, updates_per_dispatch, prefetch, on_close=pool.shutdown)
 
 
+# --- Data that live on the devices ---
+
+
+@flax.struct.dataclass
+class ResidentBatch:
+    """All frames of a split, divided over the devices, and which windows of them each of N updates takes."""
+
+    steps: StepBatch  # [D, M, ...], whole episodes, padded to the same M
+    first: Array  # int32 [D], the split's frame that a device begins with
+    count: Array  # int32 [D], frames of a device without the padding
+    starts: Array  # int32 [D, N, B], first frames of the windows of all devices, counted over the split
+
+
+def take_windows(batch: ResidentBatch, starts: Array, *, length: int, axis_name: str | None = None) -> StepBatch:
+    """Cuts one update's windows out of the frames, inside a compiled program.
+
+    Each device cuts out those that it holds, and the sum over the devices, of which all but one hold zeros, gives each
+    its share: windows are the same on any number of devices.
+
+    Args:
+      batch: one device's slice of a ResidentBatch.
+      starts: int32 [B], of the update.
+      length: T.
+      axis_name: of the devices.
+
+    Returns:
+      [B / D, T, ...].
+    """
+    local = starts - batch.first
+    owned = (local >= 0) & (local < batch.count)
+    local = jnp.where(owned, local, 0)
+
+    def take(x: Array) -> Array:
+        cut = jax.vmap(lambda start: lax.dynamic_slice_in_dim(x, start, length))(local)
+        if axis_name is None:
+            return cut
+        cut = jnp.where(owned.reshape(-1, *(1,) * (cut.ndim - 1)), cut, jnp.zeros((), cut.dtype))
+        numeric = cut.astype(jnp.uint8) if cut.dtype == bool else cut
+        return lax.psum_scatter(numeric, axis_name, scatter_dimension=0, tiled=True).astype(cut.dtype)
+
+    return jax.tree.map(take, batch.steps)
+
+
+def _resident_batches(
+    directory: str | Path,
+    split: str,
+    windows: Windows,
+    batch_size: int,
+    start_step: int,
+    devices: list[jax.Device],
+    updates_per_dispatch: int,
+    prefetch: int,
+) -> Batches:
+    steps = raw_cache.load(directory, split)
+    first = _firsts(datasets.episode_lengths(directory, split))
+    bounds = _divide(first, len(devices))
+    if min(np.diff(bounds)) == 0:
+        raise ValueError(
+            f"cache='device' divides episodes over {len(devices)} devices, and {directory} has {len(first) - 1} in "
+            f"{split!r}; take fewer devices or another cache"
+        )
+    size = int(max(np.diff(bounds)))
+
+    def part(x: np.ndarray) -> jax.Array:
+        padded = np.zeros((len(devices), size, *x.shape[1:]), x.dtype)
+        for row, low, high in zip(padded, bounds, bounds[1:], strict=False):
+            row[: high - low] = x[low:high]
+        return parallel.shard(padded, devices)
+
+    resident = jax.tree.map(part, steps)
+    count = parallel.shard(np.diff(bounds).astype(np.int32), devices)
+    begin = parallel.shard(np.array(bounds[:-1], np.int32), devices)
+
+    def load(step: int) -> ResidentBatch:
+        numbers = range(step * batch_size, (step + updates_per_dispatch) * batch_size)
+        starts = np.array([first[episode] + start for episode, start in map(windows, numbers)], np.int32)
+        starts = starts.reshape(updates_per_dispatch, batch_size)
+        return ResidentBatch(resident, begin, count, parallel.replicate(starts, devices))
+
+    return Batches(load, start_step, updates_per_dispatch, prefetch)
+
+
+def _firsts(lengths: Sequence[int]) -> np.ndarray:
+    """The first frame of each episode, and one past the last, [len(lengths) + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _divide(first: np.ndarray, parts: int) -> list[int]:
+    """Cuts between episodes that divide the frames about evenly: first frames of each part, and one past the last."""
+    wanted = first[-1] * np.arange(parts + 1) / parts
+    return [int(first[np.abs(first - frame).argmin()]) for frame in wanted]
+
+
 def _load_windows(
     window: Callable, starts: Sequence[tuple[int, int]], length: int, pool: ThreadPoolExecutor
 ) -> StepBatch:
     """Loads windows in parallel into one array each field, [len(starts), length, ...]."""
     # Fresh memory each time: on CPU, device_put may alias the array instead of copying it.
-    batch = jax.tree.map(lambda x: np.empty((len(starts), length, *x.shape), x.dtype), _STEP)
+    batch = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), raw_cache.field_shapes((len(starts), length)))
 
     def fill(i: int) -> None:
         jax.tree.map(lambda to, what: np.copyto(to[i], what), batch, window(*starts[i], length))
 
     list(pool.map(fill, range(len(starts))))
     return batch
-
-
-_STEP = StepBatch(
-    observation=Observation(
-        rgb_static=np.empty((specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8),
-        rgb_gripper=np.empty((specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8),
-        robot_obs=np.empty(specs.ROBOT_OBS_DIM, np.float32),
-        scene_obs=np.empty(specs.SCENE_OBS_DIM, np.float32),
-    ),
-    action=np.empty(specs.ACTION_DIM, np.float32),
-    is_first=np.empty((), bool),
-    is_last=np.empty((), bool),
-    task=np.empty((), np.int32),
-    reward=np.empty((), np.float32),
-)

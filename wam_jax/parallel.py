@@ -70,7 +70,11 @@ def unreplicate(tree: Any) -> Any:
 
 
 def compile_updates(
-    update: Callable, devices: list[jax.Device], *, num_updates: int | None = None
+    update: Callable,
+    devices: list[jax.Device],
+    *,
+    num_updates: int | None = None,
+    take: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[[Any, Any, int, int], tuple[Any, dict]]:
     """Compiles N consecutive updates into one call on all devices; the state's buffers are donated.
 
@@ -79,6 +83,8 @@ def compile_updates(
       devices: devices to run on, D of them.
       num_updates: None: the batch carries one slice per update, leaves [D, N, ...]. A number: every update of the call
         gets the same `batch`, leaves [D, ...] (a bank that the update draws its rows from).
+      take: makes an update's batch out of a bank that stays on the devices and the update's own slice: the batch then
+        has a field `starts` [D, N, ...], of which each update gets one, and the rest is the bank.
 
     Returns:
       `run(state, batch, seed, first_step) -> (state, metrics)` with replicated state [D, ...] and metrics [D, N].
@@ -88,10 +94,11 @@ def compile_updates(
         def body(carry, index_and_slice):
             index, batch_slice = index_and_slice
             rng = step_rng(seed, first_step + index, AXIS_NAME)
-            return update(carry, batch if num_updates else batch_slice, rng)
+            chosen = take(batch, batch_slice) if take else batch if num_updates else batch_slice
+            return update(carry, chosen, rng)
 
-        length = num_updates or jax.tree.leaves(batch)[0].shape[0]
-        slices = None if num_updates else batch
+        slices = batch.starts if take else None if num_updates else batch
+        length = num_updates or jax.tree.leaves(slices)[0].shape[0]
         return lax.scan(body, state, (jnp.arange(length), slices))
 
     return jax.pmap(run, axis_name=AXIS_NAME, in_axes=(0, 0, None, None), devices=devices, donate_argnums=(0,))

@@ -1,0 +1,111 @@
+"""A split decoded once to raw arrays on disk, memory-mapped: any window is there at the speed of the page cache.
+
+It lies beside the shards, in `raw-SPLIT/`: one npy file for each field of a step, episodes one after another (24.7 kB a
+step), and `source.json`, which names the shards that it was made from.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+from wam_jax import datasets, json_files, shards, specs
+from wam_jax.types import Observation, StepBatch
+
+SOURCE_FILE = "source.json"
+
+
+def field_shapes(leading: tuple[int, ...]) -> StepBatch:
+    """The fields of steps [*leading, ...] as shapes and dtypes."""
+
+    def shape(size: tuple[int, ...], dtype: type) -> Any:
+        return jax.ShapeDtypeStruct((*leading, *size), dtype)
+
+    image = (specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3)
+    return StepBatch(
+        observation=Observation(
+            rgb_static=shape(image, np.uint8),
+            rgb_gripper=shape(image, np.uint8),
+            robot_obs=shape((specs.ROBOT_OBS_DIM,), np.float32),
+            scene_obs=shape((specs.SCENE_OBS_DIM,), np.float32),
+        ),
+        action=shape((specs.ACTION_DIM,), np.float32),
+        is_first=shape((), bool),
+        is_last=shape((), bool),
+        task=shape((), np.int32),
+        reward=shape((), np.float32),
+    )
+
+
+def load(directory: str | Path, split: str) -> StepBatch:
+    """Maps a split's steps, [N, ...] over all its episodes, read-only; builds the cache where there is none.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+
+    Raises:
+      ValueError: no complete dataset there, or no such split.
+      OSError: the cache cannot be written.
+    """
+    folder = Path(directory) / f"raw-{split}"
+    if not _is_current(folder, directory):
+        _build(folder, directory, split)
+    try:
+        return jax.tree.map(lambda path: np.load(path, mmap_mode="r"), _paths(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); delete it, it is then made anew") from error
+
+
+def _is_current(folder: Path, directory: str | Path) -> bool:
+    path = folder / SOURCE_FILE
+    return path.exists() and json_files.read(path, f"delete {folder}") == _source(directory)
+
+
+def _source(directory: str | Path) -> dict:
+    """What a cache is made from: the checksums of the shards."""
+    path = Path(directory) / shards.CHECKSUMS_FILE
+    return {"shards": path.read_text().splitlines() if path.exists() else []}
+
+
+def _paths(folder: Path) -> StepBatch:
+    names = jax.tree_util.tree_map_with_path(lambda keys, _: f"{keys[-1].name}.npy", field_shapes(()))
+    return jax.tree.map(lambda name: folder / name, names)
+
+
+def _build(folder: Path, directory: str | Path, split: str) -> None:
+    """Decodes every episode into new files, under a temporary name until all is there."""
+    lengths = datasets.episode_lengths(directory, split)
+    source = datasets.Episodes(datasets.open_builder(directory, split), split)
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        files = jax.tree.map(
+            lambda path, field: open_memmap(path, "w+", field.dtype, field.shape),
+            _paths(temporary),
+            field_shapes((sum(lengths),)),
+        )
+        first = 0
+        for index, length in enumerate(tqdm(lengths, desc=f"raw cache of {split}", unit="episode", disable=None)):
+            steps = datasets.decode(source.steps(index), slice(0, length))
+            _copy(files, steps, slice(first, first + length))
+            first += length
+        jax.tree.map(lambda file: file.flush(), files)
+        json_files.write(temporary / SOURCE_FILE, _source(directory))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy(files: StepBatch, steps: StepBatch, where: slice) -> None:
+    def copy(file: np.ndarray, values: np.ndarray) -> None:
+        file[where] = values
+
+    jax.tree.map(copy, files, steps)

@@ -298,12 +298,12 @@ def _resident_batches(
 ) -> Batches:
     steps = raw_cache.load(directory, split)
     first = _firsts(datasets.episode_lengths(directory, split))
-    bounds = _divide(first, len(devices))
-    if min(np.diff(bounds)) == 0:
+    if len(first) - 1 < len(devices):
         raise ValueError(
             f"cache='device' divides episodes over {len(devices)} devices, and {directory} has {len(first) - 1} in "
             f"{split!r}; take fewer devices or another cache"
         )
+    bounds = _divide(first, len(devices))
     size = int(max(np.diff(bounds)))
 
     def part(x: np.ndarray) -> jax.Array:
@@ -332,8 +332,11 @@ def _firsts(lengths: Sequence[int]) -> np.ndarray:
 
 def _divide(first: np.ndarray, parts: int) -> list[int]:
     """Cuts between episodes that divide the frames about evenly: first frames of each part, and one past the last."""
-    wanted = first[-1] * np.arange(parts + 1) / parts
-    return [int(first[np.abs(first - frame).argmin()]) for frame in wanted]
+    cuts, episodes = [0], len(first) - 1
+    for part in range(1, parts):
+        nearest = int(np.abs(first - first[-1] * part / parts).argmin())
+        cuts.append(min(max(nearest, cuts[-1] + 1), episodes - (parts - part)))  # each part gets an episode
+    return [int(first[cut]) for cut in (*cuts, episodes)]
 
 
 def _load_windows(

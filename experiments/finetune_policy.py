@@ -62,7 +62,7 @@ def stage(task: str) -> str:
 
 def ppo_settings(config):
     """`config.ppo` with what follows from the rest: the share of a device, and the horizon in decisions."""
-    num_devices = len(parallel.local_devices(config.num_devices))
+    num_devices = parallel.device_count(config.num_devices)
     return launch.stage_settings(
         config.ppo,
         num_rollouts=config.ppo.num_rollouts // num_devices,

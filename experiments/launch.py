@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -16,6 +17,10 @@ from experiments.configs import base
 from wam_jax import datasets, environments, input_pipeline, json_files, parallel, rlds, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes: SLURM, GKE and TPU pods are found")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where nothing says so")
+flags.DEFINE_integer("num_processes", None, "With --coordinator_address", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "With --coordinator_address: 0 to num_processes - 1", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
@@ -60,6 +65,7 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
+            connect()
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
             run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError, OSError) as error:
@@ -72,6 +78,30 @@ def main(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what cleans up then, cleans up now
     app.run(guarded, flags_parser=parse_flags)
+
+
+def connect() -> None:
+    """Joins the other processes, where the command line says that there are some; before JAX looks for devices.
+
+    Raises:
+      ValueError: the flags contradict each other, or nothing says how to find the others.
+    """
+    names = "coordinator_address", "num_processes", "process_id"
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(names) and not _DISTRIBUTED.value:
+        return
+    if 0 < len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} missing: --{', --'.join(names)} go together")
+    if not missing and given["process_id"] >= given["num_processes"]:
+        raise ValueError(f"--process_id={given['process_id']}; expected less than --num_processes")
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {' '.join(str(error).split())}; where no SLURM, GKE or TPU pod is found, give --"
+            + ", --".join(names)
+        ) from error
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -117,11 +147,13 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     check(config)
-    _lock(workdir)
+    if parallel.is_first_process():  # it writes for all
+        _lock(workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    _check_workdir(config, workdir)
+    if parallel.is_first_process():
+        _check_workdir(config, workdir)
     return FrozenConfigDict(config)
 
 
@@ -141,7 +173,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.tasks names {task!r} twice; name each task once")
     _check_ranges(_flat(config.to_dict(), "config."))
     specs.task_index(config.evaluation.video_task)
-    num_devices = len(parallel.local_devices(config.num_devices))
+    num_devices = parallel.device_count(config.num_devices)
     for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
         parallel.check_batch_size(config[stage][key], num_devices, name=f"config.{stage}.{key}")
     if config.reward.batch_size % (2 * num_devices):
@@ -211,7 +243,7 @@ def _check_agreement(config: ConfigDict) -> None:
         raise ValueError(f"config.policy.time_dim={config.policy.time_dim} is odd: half are sines, half cosines")
     decisions = config.ppo.num_rollouts * max_steps // chunk
     if config.ppo.batch_size < decisions:  # more means all of them, on any number of devices
-        num_devices = len(parallel.local_devices(config.num_devices))
+        num_devices = parallel.device_count(config.num_devices)
         parallel.check_batch_size(config.ppo.batch_size, num_devices, name="config.ppo.batch_size")
     settings = config.world_model
     if (settings.action_weight > 0) != (config.method == "wam"):

@@ -47,8 +47,7 @@ def stage(task: str) -> str:
 
 def policy_settings(config):
     """`config.policy` with what follows from it: the share of a device in the batch, and the length of the decay."""
-    devices = parallel.local_devices(config.num_devices)
-    batch_size = config.policy.batch_size // len(devices)
+    batch_size = config.policy.batch_size // parallel.device_count(config.num_devices)
     return launch.stage_settings(config.policy, batch_size=batch_size, decay_steps=config.policy.num_steps)
 
 

@@ -62,8 +62,7 @@ def stage(task: str) -> str:
 
 def reward_settings(config):
     """`config.reward` with what follows from the rest: the share of a device in the batch, and the kind of features."""
-    devices = parallel.local_devices(config.num_devices)
-    batch_size = config.reward.batch_size // len(devices)
+    batch_size = config.reward.batch_size // parallel.device_count(config.num_devices)
     return launch.stage_settings(config.reward, batch_size=batch_size, soft_feature=config.policy.soft_feature)
 
 

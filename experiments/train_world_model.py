@@ -37,6 +37,8 @@ def run(config, workdir: str) -> None:
             num_devices=len(devices),
             updates_per_dispatch=settings.updates_per_call,
             cache=config.dataset.cache,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     take = functools.partial(input_pipeline.take_windows, length=settings.window_length, axis_name=parallel.AXIS_NAME)

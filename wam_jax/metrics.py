@@ -43,18 +43,30 @@ def machine() -> str:
 class MetricsWriter:
     """Appends one stage's scalars to `workdir/metrics.jsonl` and to TensorBoard."""
 
-    def __init__(self, workdir: str, stage: str, *, first_step: int = 0):
-        """Opens the files; rows of this stage after `first_step` (of a run that was cut off) are dropped."""
+    def __init__(self, workdir: str, stage: str, *, first_step: int = 0, active: bool = True):
+        """Opens the files; rows of this stage after `first_step` (of a run that was cut off) are dropped.
+
+        Args:
+          workdir, stage: as above.
+          first_step: updates that are done.
+          active: False: nothing is written, since another process does it.
+        """
+        self.last_row: Mapping[str, float] = {}  # of this stage, before this run
+        self._active = active
+        if not active:
+            return
         self._stage = stage
         self._path = os.path.join(workdir, "metrics.jsonl")
         os.makedirs(workdir, exist_ok=True)
         kept = _drop_rows(self._path, stage, first_step)
-        self.last_row: Mapping[str, float] = kept[-1] if kept else {}  # of this stage, before this run
+        self.last_row = kept[-1] if kept else {}
         self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard", stage), purge_step=first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one row: after `step` updates, the scalars had these values."""
+        if not self._active:
+            return
         row = {"stage": self._stage, "step": step} | {name: float(value) for name, value in scalars.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -63,8 +75,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
-        self._board.close()
+        if self._active:
+            self._file.close()
+            self._board.close()
 
 
 def read(workdir: str, stage: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The only pmap of the project: many updates a dispatch, data parallel over devices.
+"""The only pmap of the project: many updates a dispatch, data parallel over the devices of one or several processes.
 
 An update is a pure function `update(state, batch, rng) -> (state, metrics)` that knows one thing of parallelism: the
 axis name to average its gradients over. Here it is wrapped to run on all devices, N updates a call, with a random key
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 
 AXIS_NAME = "devices"
 
@@ -31,15 +32,37 @@ def local_devices(num_devices: int) -> list[jax.Device]:
     """Returns the first `num_devices` devices of this host; 0 means all.
 
     Raises:
-      ValueError: more devices are asked for than there are.
+      ValueError: more devices are asked for than there are, or, with several processes, not all.
     """
     devices = jax.local_devices()
+    if jax.process_count() > 1 and num_devices not in (0, len(devices)):
+        raise ValueError(
+            f"num_devices={num_devices}, but {jax.process_count()} processes train together, each with all its "
+            f"{len(devices)} devices; take 0"
+        )
     if not 0 <= num_devices <= len(devices):
         raise ValueError(
             f"num_devices={num_devices}, but this host has {len(devices)} ({devices[0].platform}); ask for at most "
             f"{len(devices)}, or 0 for all (virtual CPU devices: XLA_FLAGS=--xla_force_host_platform_device_count=8)"
         )
     return devices[: num_devices or len(devices)]
+
+
+def device_count(num_devices: int) -> int:
+    """How many devices train together: `local_devices` of this process, times the processes."""
+    return len(local_devices(num_devices)) * jax.process_count()
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once: logs, configs, checkpoints' settings."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def check_batch_size(batch_size: int, num_devices: int, *, name: str = "batch_size") -> None:
@@ -80,7 +103,7 @@ def compile_updates(
 
     Args:
       update: `update(state, batch, rng) -> (state, metrics)`, averaging its gradients over AXIS_NAME itself.
-      devices: devices to run on, D of them.
+      devices: devices of this process to run on, D of them; those of all processes train together.
       num_updates: None: the batch carries one slice per update, leaves [D, N, ...]. A number: every update of the call
         gets the same `batch`, leaves [D, ...] (a bank that the update draws its rows from).
       take: makes an update's batch out of a bank that stays on the devices and the update's own slice: the batch then
@@ -101,4 +124,5 @@ def compile_updates(
         length = num_updates or jax.tree.leaves(slices)[0].shape[0]
         return lax.scan(body, state, (jnp.arange(length), slices))
 
-    return jax.pmap(run, axis_name=AXIS_NAME, in_axes=(0, 0, None, None), devices=devices, donate_argnums=(0,))
+    chosen = devices if jax.process_count() == 1 else None  # None: all of all processes
+    return jax.pmap(run, axis_name=AXIS_NAME, in_axes=(0, 0, None, None), devices=chosen, donate_argnums=(0,))

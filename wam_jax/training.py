@@ -138,12 +138,17 @@ def fit(
         batches = make_batches(step)  # first: data that are missing leave nothing behind
         stack.callback(getattr(batches, "close", lambda: None))  # ends the loader's threads
         state = parallel.replicate(state, devices)
-        writer = stack.enter_context(contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step)))
-        progress = stack.enter_context(tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05))
+        is_first = parallel.is_first_process()
+        writer = stack.enter_context(
+            contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step, active=is_first))
+        )
+        progress = stack.enter_context(
+            tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05, disable=not is_first)
+        )
         pending, last_saved = None, step
         clock = _Clock(batches, time.monotonic(), writer.last_row)
         with Interruption() as interruption:
-            while step < num_steps and not interruption.requested:
+            while step < num_steps and not parallel.any_process(interruption.requested):
                 state, metrics = run(state, next(batches), seed, step)
                 if pending is not None:  # read one dispatch behind, so that the device never waits for the host
                     _report(writer, progress, *pending, clock)
@@ -158,7 +163,7 @@ def fit(
             state = jax.device_get(parallel.unreplicate(state))
             checkpointer.save(step, state, settings)
             checkpointer.wait()
-    if interruption.requested:
+    if step < num_steps:
         raise KeyboardInterrupt(f"{stage} saved at step {step}; the same command goes on from there")
     return state
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ class Row:
     """One measured workload; medians over calls."""
 
     name: str
+    variant: str
     dtype: str
     batch: int
     length: int
@@ -64,7 +65,7 @@ class Row:
     @property
     def key(self) -> tuple:
         """What tells rows of one file apart."""
-        return self.name, self.dtype, self.batch, self.length, self.devices
+        return self.name, self.variant, self.dtype, self.batch, self.length, self.devices
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
         chosen = choose(workloads.cases(FrozenConfigDict(config)), _ONLY.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    logging.set_verbosity(logging.WARNING)
     rows = measure_all(chosen, _OUTPUT.value)
     print(markdown(rows, baseline))
 
@@ -104,10 +106,10 @@ def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str) -> li
     rows: list[Row] = []
     for label, case in tqdm(chosen.items(), desc="benchmark", unit="workload", disable=None):
         workload = case()
-        if workload.dtype not in rates:
+        if workload.flops and workload.dtype not in rates:
             rates[workload.dtype] = matmul_rate(workload.dtype)
             tqdm.write(f"matrix product, {workload.dtype}: {rates[workload.dtype] / 1e9:,.0f} GFLOP/s", sys.stderr)
-        rows.append(measure(workload, rates[workload.dtype]))
+        rows.append(measure(workload, rates.get(workload.dtype, 0)))
         tqdm.write(f"{label}: {rows[-1].rate:,.4g} {workload.unit}/s", sys.stderr)
         if output:
             json_files.write(output, [dataclasses.asdict(row) for row in rows])
@@ -121,23 +123,17 @@ def measure(workload: Workload, matmul: float) -> Row:
       workload: what to run.
       matmul: FLOP/s of one device, or of the processor, in a plain matrix product.
     """
-    start = time.perf_counter()
-    compiled = workload.program.lower(*workload.arguments).compile()
-    compile_s = time.perf_counter() - start
-    plan = compiled.memory_analysis()
-    first, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
-
-    def call():
-        nonlocal first
-        result = jax.block_until_ready(compiled(first, *rest))
-        if workload.carried:
-            first = result[0]
-
-    wall, cpu, calls = _time(call)
+    if workload.feed:
+        feed, compile_s, peak_bytes = workload.feed, 0.0, 0
+        wall, cpu, calls = _time(lambda: jax.block_until_ready(next(feed)))
+    else:
+        call, compile_s, peak_bytes = _compile(workload)
+        wall, cpu, calls = _time(call)
     on_cpu = jax.default_backend() == "cpu"
     seconds = cpu if on_cpu else wall * workload.devices
     return Row(
         name=workload.name,
+        variant=workload.variant,
         dtype=workload.dtype,
         batch=workload.batch,
         length=workload.length,
@@ -149,14 +145,29 @@ def measure(workload: Workload, matmul: float) -> Row:
         unit=workload.unit,
         flops=workload.flops,
         share_of_matmul=round(workload.flops / seconds / matmul, 4) if workload.flops else None,
-        peak_bytes=plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        + plan.temp_size_in_bytes
-        - plan.alias_size_in_bytes,
+        peak_bytes=peak_bytes,
         calls=calls,
         date=time.strftime("%Y-%m-%d"),
         machine=metrics.machine(),
     )
+
+
+def _compile(workload: Workload) -> tuple[Callable[[], None], float, int]:
+    """Returns what makes a call, the seconds that compilation took, and the bytes that the compiler plans."""
+    start = time.perf_counter()
+    compiled = workload.program.lower(*workload.arguments).compile()
+    compile_s = time.perf_counter() - start
+    plan = compiled.memory_analysis()
+    planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    first, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
+
+    def call() -> None:
+        nonlocal first
+        result = jax.block_until_ready(compiled(first, *rest))
+        if workload.carried:
+            first = result[0]
+
+    return call, compile_s, planned - plan.alias_size_in_bytes
 
 
 def matmul_rate(dtype: str) -> float:
@@ -206,8 +217,9 @@ def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
     for row in rows:
         seconds = row.cpu_s if per == "CPU s" else row.wall_s
         share = "" if row.share_of_matmul is None else f"{100 * row.share_of_matmul:.0f} %"
+        name = f"{row.name.replace('_', ' ')} {row.variant}".strip()
         cells = [
-            row.name.replace("_", " "), row.dtype, row.batch, row.length, row.devices, f"{row.rate:,.4g} {row.unit}",
+            name, row.dtype, row.batch, row.length, row.devices, f"{row.rate:,.4g} {row.unit}",
             f"{1000 * seconds:,.4g}", f"{row.flops / 1e9:,.4g}" if row.flops else "", share, f"{row.compile_s:.1f}",
             f"{row.peak_bytes / 1e9:.3g}",
         ]  # fmt: skip

@@ -1,8 +1,10 @@
 """What `benchmark` measures: each stage's own compiled program on made-up inputs of a config's sizes."""
 
+import atexit
 import dataclasses
 import functools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import finetune_policy, train_policy, train_reward
 from experiments.configs import quickstart
-from wam_jax import diffusion_policy, flops, parallel, ppo, specs, success_classifier, world_model
+from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, rlds, specs, success_classifier, world_model
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
@@ -20,6 +22,8 @@ from wam_jax.types import LatentState, Observation, StepBatch
 WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model update
 NUM_LATENTS, IMAGINED_STEPS = 50, 18 * 4  # of one PPO iteration
 NUM_TABLES, NUM_TABLE_STEPS = 64, 50
+NUM_FED_UPDATES = 2  # for which a batch of the input pipeline is
+NUM_EPISODES, EPISODE_STEPS = 16, 200  # of the dataset that it reads
 NUM_FRAMES = 29  # that a policy sees at once: the episodes of a task
 
 
@@ -34,8 +38,10 @@ class Workload:
     devices: int
     items: int  # a call works on
     unit: str  # of the items
-    program: Any  # jitted or pmapped
+    program: Any  # jitted or pmapped; None: the feed alone
     arguments: tuple
+    feed: Iterator[Any] | None = None  # its next item is what a call gets
+    variant: str = ""  # of the same name: where an input pipeline's data lie
     carried: bool = False  # whether a call's first result is the next one's first argument, whose memory it takes
     flops: int = 0  # matrix products and convolutions of a call, over all devices
 
@@ -62,6 +68,8 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
     if small.world_model.batch_size % devices == 0:
         name = "world_model_update_quickstart"
         found[name] = functools.partial(world_model_update, FrozenConfigDict(small), name)
+    for cache in input_pipeline.CACHES:
+        found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
     return found | {"playtable_step": playtable_step, "playtable_render": playtable_render}
 
 
@@ -242,6 +250,34 @@ def playtable_render() -> Workload:
     )
 
 
+def window_batches(config: FrozenConfigDict, cache: str) -> Workload:
+    """The input pipeline alone: batches of windows on the devices; with "device" what cuts them out there."""
+    devices, settings = parallel.local_devices(config.num_devices), config.world_model
+    share = settings.batch_size // len(devices) * len(devices)
+    batches = input_pipeline.make_batches(
+        _made_up_dataset(), "train", share, settings.window_length, 0,
+        num_devices=len(devices), updates_per_dispatch=NUM_FED_UPDATES, cache=cache,
+    )  # fmt: skip
+    cut = functools.partial(input_pipeline.take_windows, length=settings.window_length, axis_name=parallel.AXIS_NAME)
+    resident = cache == "device"
+    return Workload(
+        name="input_pipeline",
+        variant=cache,
+        dtype="uint8",
+        batch=share,
+        length=settings.window_length,
+        devices=len(devices),
+        items=NUM_FED_UPDATES * share * settings.window_length,
+        unit="frames",
+        program=parallel.compile_updates(lambda state, batch, rng: (state, batch), devices, take=cut)
+        if resident
+        else None,
+        arguments=(parallel.replicate(np.zeros(()), devices), next(batches), 0, 0) if resident else (),
+        feed=None if resident else batches,
+        carried=resident,
+    )
+
+
 # --- Inputs ---
 
 
@@ -259,6 +295,30 @@ def made_up_steps(shape: tuple[int, ...]) -> StepBatch:
         task=np.full(shape, -1, np.int32),
         reward=np.zeros(shape, np.float32),
     )
+
+
+@functools.cache
+def _made_up_dataset() -> str:
+    """Shards of smooth random pictures, which compress about as those of a simulator; gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="benchmark_")
+    atexit.register(folder.cleanup)
+    rng, spec = (
+        np.random.default_rng(0),
+        rlds.DatasetSpec("benchmark", (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2),
+    )
+    rlds.start_dataset(folder.name, {})
+
+    def episode(index: int) -> rlds.Episode:
+        steps = made_up_steps((EPISODE_STEPS,))
+        coarse = rng.integers(0, 256, (2, EPISODE_STEPS, 16, 16, 3), np.uint8).repeat(4, axis=2).repeat(4, axis=3)
+        observation = steps.observation.replace(rgb_static=coarse[0], rgb_gripper=coarse[1])
+        position = np.arange(EPISODE_STEPS)
+        ends = {"is_first": position == 0, "is_last": position == EPISODE_STEPS - 1}
+        return rlds.Episode(steps.replace(observation=observation, **ends), "made up", str(index))
+
+    lengths = rlds.write_shard(folder.name, spec, "train", 0, 1, map(episode, range(NUM_EPISODES)))
+    rlds.finish_dataset(folder.name, spec, {"train": [lengths]})
+    return folder.name
 
 
 def _uniform(shape: tuple[int, ...]) -> np.ndarray:

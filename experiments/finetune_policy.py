@@ -97,4 +97,4 @@ def load(config, workdir: str, task: str) -> PolicyParams:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, trains=True)

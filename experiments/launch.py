@@ -50,11 +50,14 @@ _FREE = (
 def main(
     run: Callable[[FrozenConfigDict, str], None],
     choose_config: Callable[[ConfigDict | None], ConfigDict] | None = None,
+    *,
+    trains: bool = False,
 ) -> None:
     """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error.
 
     Args:
       run: gets the config and the workdir.
+      trains: whether several processes may run it together.
       choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
     """
     flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
@@ -65,7 +68,7 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
-            connect()
+            _connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
             run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError, OSError) as error:
@@ -80,17 +83,19 @@ def main(
     app.run(guarded, flags_parser=parse_flags)
 
 
-def connect() -> None:
+def _connect(trains: bool) -> None:
     """Joins the other processes, where the command line says that there are some; before JAX looks for devices.
 
     Raises:
-      ValueError: the flags contradict each other, or nothing says how to find the others.
+      ValueError: the flags contradict each other, nothing says how to find the others, or the binary is for one process.
     """
     names = "coordinator_address", "num_processes", "process_id"
     given: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(names) and not _DISTRIBUTED.value:
         return
+    if not trains:
+        raise ValueError("this binary runs in one process; only those that train run in several")
     if 0 < len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} missing: --{', --'.join(names)} go together")
     if not missing and given["process_id"] >= given["num_processes"]:

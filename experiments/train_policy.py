@@ -83,4 +83,4 @@ def load(config, workdir: str, task: str) -> Params:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, trains=True)

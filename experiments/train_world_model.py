@@ -74,4 +74,4 @@ def load(config, workdir: str) -> tuple[WorldModel, Params]:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    launch.main(run, trains=True)

@@ -1,6 +1,6 @@
 """Measures CALVIN's simulator on one core: frames per CPU second as it draws them, and with every link drawn.
 
-python -m experiments.measure_calvin --calvin_assets=calvin_env/data --output=docs/results/calvin/speed
+python -m experiments.measure_calvin --calvin_assets=calvin_env/data --output=docs/results/calvin_speed
 
 Follows the expert of each task from a random start, with and without the links of the robot that no picture can show,
 compares the pictures, and writes environment.json. CPU seconds count: other programs do little harm.
@@ -22,7 +22,7 @@ from wam_jax import json_files, metrics, specs
 from wam_jax.environments.calvin import experts, follower, scene, starts, worker
 from wam_jax.environments.calvin.simulator import Simulator
 
-_OUTPUT = flags.DEFINE_string("output", "docs/results/calvin/speed", "Folder for environment.json")
+_OUTPUT = flags.DEFINE_string("output", "docs/results/calvin_speed", "Folder for environment.json")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Steps of each task", lower_bound=1)
 
 

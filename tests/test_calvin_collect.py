@@ -31,6 +31,7 @@ SIZES = {
     "dataset.demonstrations_per_task": 1,
     "tasks": ("turn_on_led", "turn_off_led"),
     "world_model.window_length": 4,
+    "world_model.open_loop_steps": 4,
 }
 
 

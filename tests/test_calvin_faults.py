@@ -37,7 +37,9 @@ def resident(process: int) -> int:
 
 
 @needs_simulator
-def test_an_interrupted_request_leaves_no_answers_behind(recording):
+def test_an_interrupted_request_leaves_no_answers_behind(recording, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     pool = Pool(STATES, num_workers=2)
     episodes = [begin(recording.reset_robot_obs, recording.reset_scene_obs)] * 2
     episodes, _ = pool.step(episodes, np.stack([recording.actions[:5]] * 2), [False] * 2)

@@ -213,13 +213,13 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path, monkey
     options = [f"--workdir={tmp_path}", f"--calvin_assets={ASSETS}", "--calvin_workers=1"]
     process = subprocess.Popen([*command, *options], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    parts = tmp_path / "data" / "calvin_play" / rlds.PARTS_FOLDER
+    parts = tmp_path / "data" / "calvin_play" / shards.PARTS_FOLDER
     while len(kept := [path for path in parts.glob("*") if path.suffix != ".tmp"]) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
     process.wait()
-    before, written = rlds.write_part, []
+    before, written = shards.write_part, []
     monkeypatch.setattr(rlds, "write_part", lambda *a: written.append(a) or before(*a))
     collect(tmp_path, num_workers=1)
     assert len(kept) + len(written) == 6 + 2  # play, and a demonstration of each task: no episode is recorded twice

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from calvin_files import ASSETS, SHARED, needs_simulator
 
+from wam_jax import cli, json_files
 from wam_jax.environments.calvin import assets, pool, recordings, scene
 from wam_jax.environments.calvin.pool import Pool, begin
 from wam_jax.environments.calvin.recordings import Recording
@@ -211,7 +212,7 @@ def test_unknown_assets_are_reported_once(tmp_path, monkeypatch):
 RECORDING = Recording(
     reset_robot_obs=np.zeros(15),
     reset_scene_obs=np.zeros(24),
-    actions=np.zeros((2, 7)),
+    actions=np.tile([0.0, 0, 0, 0, 0, 0, 1], (2, 1)),
     robot_obs=np.zeros((3, 15)),
     scene_obs=np.zeros((3, 24)),
     frame_steps=np.array([0, 2]),
@@ -224,6 +225,7 @@ RECORDING = Recording(
     ("key", "array", "message"),
     [
         ("actions", np.zeros(()), r"actions has shape \(\); expected \(1, 7\)"),
+        ("actions", np.zeros((2, 7)), r"actions\[0\]: gripper command 0.0; expected"),
         ("frame_steps", np.zeros((), int), r"frame_steps has shape \(\); expected \(1,\)"),
         ("rgb_gripper", np.zeros(()), r"rgb_gripper has shape \(\); expected \(2, 64, 64, 3\)"),
         ("reset_robot_obs", np.full(15, "0"), "reset_robot_obs is <U1; expected float64"),
@@ -248,3 +250,14 @@ def test_files_that_are_no_recordings_are_named(tmp_path):
         recordings.load(str(single))
     with pytest.raises(ValueError, match="cannot read the recording .*empty.npz: No data left"):
         recordings.load(str(empty))
+
+
+def test_a_mistake_or_an_interruption_of_a_binary_without_config_is_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["check"])
+    for main, status, said in ((interrupted, 130, "interrupted: finished work is kept"), (None, "error: ", "")):
+        with pytest.raises(SystemExit) as end:
+            cli.run(main or (lambda argv: json_files.write("/dev/null/figures.json", {})))
+        assert str(end.value.code).startswith(str(status)) and capsys.readouterr().err.startswith(said)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from calvin_files import ASSETS, SHARED, needs_simulator
 
-from wam_jax import cli, json_files
 from wam_jax.environments.calvin import assets, pool, recordings, scene
 from wam_jax.environments.calvin.pool import Pool, begin
 from wam_jax.environments.calvin.recordings import Recording
@@ -137,9 +136,9 @@ def test_an_interpreter_that_cannot_work_is_named(python, message):
 @needs_simulator
 def test_the_binary_says_in_one_line_that_workers_die():
     code = (
-        "from absl import app\nfrom experiments import check_calvin\n"
+        "from experiments import check_calvin\nfrom wam_jax import cli\n"
         "check_calvin.Pool._ask = lambda self, index, *_: self._workers[index].process.kill()\n"
-        "app.run(check_calvin.main)"
+        "cli.run(check_calvin.main)"
     )
     done = helpers.run_python("-c", code, f"--assets={ASSETS}", f"--replay={SHARED / 'replay_D.npz'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -252,12 +251,19 @@ def test_files_that_are_no_recordings_are_named(tmp_path):
         recordings.load(str(empty))
 
 
-def test_a_mistake_or_an_interruption_of_a_binary_without_config_is_one_line(monkeypatch, capsys):
-    def interrupted(argv):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted: finished work is kept; the same command goes on from there"),
+        ("open('/dev/null/figures.json', 'w')", 1, "error: [Errno 20] Not a directory: '/dev/null/figures.json'"),
+    ],
+)
+def test_a_binary_without_config_ends_in_one_line(body, status, said):
+    done = helpers.run_python("-c", f"from wam_jax import cli\ndef main(argv):\n    {body}\ncli.run(main)")
+    assert (done.returncode, done.stderr.strip()) == (status, said)
 
-    monkeypatch.setattr("sys.argv", ["check"])
-    for main, status, said in ((interrupted, 130, "interrupted: finished work is kept"), (None, "error: ", "")):
-        with pytest.raises(SystemExit) as end:
-            cli.run(main or (lambda argv: json_files.write("/dev/null/figures.json", {})))
-        assert str(end.value.code).startswith(str(status)) and capsys.readouterr().err.startswith(said)
+
+def test_a_flag_that_is_not_known_is_one_line():
+    done = helpers.run_python("-m", "experiments.check_calvin", "--asets=x")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: Unknown command line flag 'asets'")

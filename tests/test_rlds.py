@@ -150,12 +150,12 @@ def test_any_dataset_can_be_verified(tmp_path, capsys):
     good, bad, none = (tmp_path / name for name in ("good", "bad", "none"))
     for directory in (good, bad):
         write(directory, [make_episode()])
-    verify_dataset.main(["verify_dataset", str(good)])
+    verify_dataset.main([str(good)])
     assert capsys.readouterr().out == f"verified: {good}\n"
     (shard,) = bad.glob("*.array_record-*")
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(SystemExit) as error:
-        verify_dataset.main(["verify_dataset", str(good), str(bad), str(none)])
+        verify_dataset.main([str(good), str(bad), str(none)])
     first, second = error.value.code.splitlines()
     assert first.startswith(f"error: {shard}: SHA-256 is ")
     assert second.startswith(f"error: {none / shards.INFO_FILE}: missing, so the dataset is not complete")

@@ -7,9 +7,11 @@ rgb_gripper. Exit code 1 on any difference.
 """
 
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from wam_jax import cli
 from wam_jax.environments.calvin import recordings
 from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.recordings import Recording
@@ -39,19 +41,15 @@ def check(path: str, recording: Recording) -> bool:
     return difference.first_step is None
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Checks every recording."""
-    if argv[1:]:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
-    try:
-        loaded = [(path, recordings.load(path)) for path in _REPLAY.value]
-        equal = [check(path, recording) for path, recording in loaded]
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    del argv
+    loaded = [(path, recordings.load(path)) for path in _REPLAY.value]
+    equal = [check(path, recording) for path, recording in loaded]
     print("equal" if all(equal) else f"different: {equal.count(False)} of {len(equal)} recordings")
     sys.exit(0 if all(equal) else 1)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["assets", "replay"])
-    app.run(main)
+    cli.run(main)

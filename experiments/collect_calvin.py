@@ -183,8 +183,8 @@ def _collect(
     """Records the episodes that are missing, several at once, and writes the dataset."""
     plan = {**plan, "pictures": recorder.pictures, "actions": recorder.actions}
     spec, notes = recorder.dataset_spec(name), Path(directory) / NOTES_FILE
-    if (Path(directory) / rlds.INFO_FILE).exists():
-        rlds.start_dataset(directory, plan)  # compares the plans
+    if (Path(directory) / shards.INFO_FILE).exists():
+        shards.start_dataset(directory, plan)  # compares the plans
         if not notes.exists():  # killed after its last shard
             _write_notes(directory, recorder)
         return
@@ -193,10 +193,10 @@ def _collect(
         functools.partial(_write_part, path, number, spec, episode)
         for path, shard in ((shard.path(directory, spec), shard) for shard in planned)
         for number, episode in enumerate(shard.episodes)
-        if not path.exists() and not rlds.part_path(path, number).exists()
+        if not path.exists() and not shards.part_path(path, number).exists()
     ]
     pools = recorder.pools(len(missing))
-    rlds.start_dataset(directory, plan)
+    shards.start_dataset(directory, plan)
     if pools:
         _note_simulator(directory, pools[0].facts)
     with tqdm(total=len(missing), desc=f"collecting {name}", unit="episode", disable=None) as bar:
@@ -207,8 +207,8 @@ def _collect(
     wall = time.monotonic() - wall
     lengths: dict[str, list] = {shard.split: [[]] * shard.num_shards for shard in planned}
     for shard in planned:
-        lengths[shard.split][shard.index] = rlds.join_parts(shard.path(directory, spec), spec, len(shard.episodes))
-    rlds.finish_dataset(directory, spec, lengths, description)
+        lengths[shard.split][shard.index] = shards.join_parts(shard.path(directory, spec), spec, len(shard.episodes))
+    shards.finish_dataset(directory, spec, lengths, description)
     this_run = {  # the last; episodes of an interrupted one are not counted
         "workers": len(pools),
         "frames": frames,
@@ -226,7 +226,7 @@ def _note_simulator(directory: str, facts: Mapping[str, str]) -> None:
       ValueError: the run before had another.
     """
     path = Path(directory) / SIMULATOR_FILE
-    if path.exists() and (before := json_files.read(path, f"delete {directory} and collect again")) != facts:
+    if path.exists() and (before := json_files.read(path, "delete that file alone: it is written anew")) != facts:
         changed = [f"{key} {before.get(key)}, now {facts.get(key)}" for key in facts if before.get(key) != facts[key]]
         raise ValueError(
             f"{directory} was begun with another simulator ({'; '.join(changed)}): its states and pictures may differ; "
@@ -262,7 +262,7 @@ def _write_part(
     shard: Path, number: int, spec: rlds.DatasetSpec, episode: Callable[[Pool], rlds.Episode], pool: Pool
 ) -> int:
     """Records one episode; returns its frames."""
-    return rlds.write_part(shard, number, spec, episode(pool))
+    return shards.write_part(shard, number, spec, episode(pool))
 
 
 def _record_all(missing: Sequence[Callable[[Pool], int]], pools: Sequence[Pool]) -> Iterator[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import launch
-from wam_jax import rlds, specs
+from wam_jax import rlds, shards, specs
 from wam_jax.environments.playtable import play as playtable
 from wam_jax.types import StepBatch
 
@@ -32,19 +32,19 @@ def collect_play(directory: str, config) -> None:
     settings = config.dataset
     plan = {"kind": "play", "seed": config.seed, "steps": settings.play_steps}
     counts = {"train": settings.play_episodes, "validation": settings.validation_episodes}
-    if rlds.start_dataset(directory, plan | counts):
+    if shards.start_dataset(directory, plan | counts):
         return
     spec = rlds.DatasetSpec(launch.dataset_name(config, "play"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
-    shards = [(split, first) for split, count in counts.items() for first in range(0, count, EPISODES_PER_SHARD)]
+    parts = [(split, first) for split, count in counts.items() for first in range(0, count, EPISODES_PER_SHARD)]
     lengths: dict[str, list] = {split: [] for split in counts}
-    for split, first in tqdm(shards, desc="collecting play", unit="shard"):
+    for split, first in tqdm(parts, desc="collecting play", unit="shard"):
         num_shards = -(-counts[split] // EPISODES_PER_SHARD)
         size = min(EPISODES_PER_SHARD, counts[split] - first)
         rng = _rng(config.seed, f"play/{split}", first)
         episodes = _play_episodes(rng, size, settings.play_steps, f"{split}-{first}")
         index = first // EPISODES_PER_SHARD
-        lengths[split].append(rlds.write_shard(directory, spec, split, index, num_shards, episodes))
-    rlds.finish_dataset(directory, spec, lengths, "Playtable: play chained from noisy experts, with failures.")
+        lengths[split].append(shards.write_shard(directory, spec, split, index, num_shards, episodes))
+    shards.finish_dataset(directory, spec, lengths, "Playtable: play chained from noisy experts, with failures.")
 
 
 def _play_episodes(rng, size: int, steps: int, name: str) -> Iterator[rlds.Episode]:
@@ -57,7 +57,7 @@ def collect_demonstrations(directory: str, config) -> None:
     """Writes one shard of successful demonstrations for each of the config's tasks."""
     count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
     plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
-    if rlds.start_dataset(directory, plan):
+    if shards.start_dataset(directory, plan):
         return
     spec = rlds.DatasetSpec(
         launch.dataset_name(config, "demonstrations"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2
@@ -65,8 +65,8 @@ def collect_demonstrations(directory: str, config) -> None:
     lengths = []
     for index, task in enumerate(tqdm(tasks, desc="collecting demonstrations", unit="task")):
         episodes = _demonstrations(config.seed, task, count)
-        lengths.append(rlds.write_shard(directory, spec, "train", index, len(tasks), episodes))
-    rlds.finish_dataset(directory, spec, {"train": lengths}, "Playtable: successful demonstrations.")
+        lengths.append(shards.write_shard(directory, spec, "train", index, len(tasks), episodes))
+    shards.finish_dataset(directory, spec, {"train": lengths}, "Playtable: successful demonstrations.")
 
 
 def _demonstrations(seed: int, task: str, count: int) -> Iterator[rlds.Episode]:

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.configs import base
-from wam_jax import datasets, environments, input_pipeline, json_files, parallel, rlds, specs, world_model
+from wam_jax import datasets, environments, input_pipeline, json_files, parallel, shards, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes: SLURM, GKE and TPU pods are found")
@@ -271,7 +271,7 @@ def _check_agreement(config: ConfigDict) -> None:
 def _check_pictures(data: ConfigDict) -> None:
     """Checks that the simulator will draw as the pictures of the named datasets were made."""
     for key in ("play", "demonstrations"):
-        found = rlds.pictures(data[key]) if data[key] else ""
+        found = shards.pictures(data[key]) if data[key] else ""
         if found and (found == "drawn") != (data.pictures == "drawn"):
             raise ValueError(
                 f"config.dataset.{key}={data[key]} holds pictures that are {found!r}, and config.dataset.pictures="

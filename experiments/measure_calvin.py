@@ -1,6 +1,6 @@
 """Measures CALVIN's simulator on one core: frames per CPU second as it draws them, and with every link drawn.
 
-python -m experiments.measure_calvin --calvin_assets=calvin_env/data --output=docs/results/calvin/speed
+python -m experiments.measure_calvin --calvin_assets=calvin_env/data --output=docs/results/calvin_speed
 
 Follows the expert of each task from a random start, with and without the links of the robot that no picture can show,
 compares the pictures, and writes environment.json. CPU seconds count: other programs do little harm.
@@ -9,35 +9,31 @@ compares the pictures, and writes environment.json. CPU seconds count: other pro
 import contextlib
 import json
 import os
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import simulators
-from wam_jax import json_files, metrics, specs
+from wam_jax import cli, json_files, metrics, specs
 from wam_jax.environments.calvin import experts, follower, scene, starts, worker
 from wam_jax.environments.calvin.simulator import Simulator
 
-_OUTPUT = flags.DEFINE_string("output", "docs/results/calvin/speed", "Folder for environment.json")
+_OUTPUT = flags.DEFINE_string("output", "docs/results/calvin_speed", "Folder for environment.json")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 60, "Steps of each task", lower_bound=1)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes."""
-    if argv[1:]:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
-    try:
-        for name in ("calvin_workers", "calvin_python"):
-            if flags.FLAGS[name].present:
-                raise ValueError(f"--{name} has no effect here: one simulator runs in this process")
-        with _silence():
-            figures = measure(simulators.calvin_options()["assets"], _NUM_STEPS.value)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    del argv
+    for name in ("calvin_workers", "calvin_python"):
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} has no effect here: one simulator runs in this process")
+    os.makedirs(_OUTPUT.value, exist_ok=True)  # before minutes of work
+    with _silence():
+        figures = measure(simulators.calvin_options()["assets"], _NUM_STEPS.value)
     json_files.write(os.path.join(_OUTPUT.value, "environment.json"), figures)
     print(json.dumps(figures, indent=1))
 
@@ -105,4 +101,4 @@ def _silence() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -14,9 +14,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
-from wam_jax import environments, evaluation, json_files, metrics, specs, tables
+from wam_jax import cli, environments, evaluation, json_files, metrics, specs, tables
 from wam_jax.environments.playtable import dynamics, environment, starts
 
 _OUTPUT = flags.DEFINE_string("output", "docs/results/playtable/speed", "Folder for environment.json and experts.json")
@@ -86,4 +86,4 @@ def evaluate_expert(task: str, num_episodes: int) -> tables.Row:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -10,9 +10,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from absl import app, flags
+from absl import flags
 
-from wam_jax import metrics, specs
+from wam_jax import cli, metrics, specs
 
 _WORKDIRS = flags.DEFINE_list("workdir", None, "Folders of runs, comma separated; each is a line", required=True)
 _OUTPUT = flags.DEFINE_string("output", "", "Picture to write; default: curves.png in the first workdir")
@@ -53,4 +53,4 @@ def _line(axis, rows: list[dict], name: str, label: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -7,25 +7,21 @@ python -m experiments.print_table --pool_seeds runs/seed_0 runs/seed_1
 import collections
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from wam_jax import tables
+from wam_jax import cli, tables
 
 _POOL_SEEDS = flags.DEFINE_bool("pool_seeds", False, "Add up runs of one config that differ in their seed")
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints a Markdown table of the rows of every workdir named."""
-    if len(argv) < 2:
-        sys.exit("error: name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
-    try:
-        runs = {workdir: tables.load(os.path.join(workdir, "table.json")) for workdir in argv[1:]}
-        print(tables.markdown(combine(runs, pool_seeds=_POOL_SEEDS.value)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if not argv:
+        raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
+    runs = {workdir: tables.load(os.path.join(workdir, "table.json")) for workdir in argv}
+    print(tables.markdown(combine(runs, pool_seeds=_POOL_SEEDS.value)))
 
 
 def combine(runs: dict[str, list[tables.Row]], *, pool_seeds: bool) -> list[tables.Row]:
@@ -49,4 +45,4 @@ def combine(runs: dict[str, list[tables.Row]], *, pool_seeds: bool) -> list[tabl
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, takes="workdirs")

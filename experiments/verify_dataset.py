@@ -8,19 +8,17 @@ Exits 1 with a line for each fault.
 import sys
 from collections.abc import Sequence
 
-from absl import app
-
-from wam_jax import datasets
+from wam_jax import cli, datasets
 
 
 def main(argv: Sequence[str]) -> None:
     """Verifies the directories given as arguments."""
-    if len(argv) < 2:
-        raise app.UsageError("no dataset given; give one or more directories")
-    faults = [fault for directory in argv[1:] for fault in _faults(directory)]
+    if not argv:
+        raise ValueError("no dataset given; name the folder of one, or of several")
+    faults = [fault for directory in argv for fault in _faults(directory)]
     if faults:
         sys.exit("\n".join(f"error: {fault}" for fault in faults))
-    print(f"verified: {', '.join(argv[1:])}")
+    print(f"verified: {', '.join(argv)}")
 
 
 def _faults(directory: str) -> list[str]:
@@ -31,4 +29,4 @@ def _faults(directory: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, takes="datasets")

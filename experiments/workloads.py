@@ -13,7 +13,18 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import finetune_policy, train_policy, train_reward
 from experiments.configs import quickstart
-from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, rlds, specs, success_classifier, world_model
+from wam_jax import (
+    diffusion_policy,
+    flops,
+    input_pipeline,
+    parallel,
+    ppo,
+    rlds,
+    shards,
+    specs,
+    success_classifier,
+    world_model,
+)
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
@@ -306,7 +317,7 @@ def _made_up_dataset() -> str:
         np.random.default_rng(0),
         rlds.DatasetSpec("benchmark", (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2),
     )
-    rlds.start_dataset(folder.name, {})
+    shards.start_dataset(folder.name, {})
 
     def episode(index: int) -> rlds.Episode:
         steps = made_up_steps((EPISODE_STEPS,))
@@ -316,8 +327,8 @@ def _made_up_dataset() -> str:
         ends = {"is_first": position == 0, "is_last": position == EPISODE_STEPS - 1}
         return rlds.Episode(steps.replace(observation=observation, **ends), "made up", str(index))
 
-    lengths = rlds.write_shard(folder.name, spec, "train", 0, 1, map(episode, range(NUM_EPISODES)))
-    rlds.finish_dataset(folder.name, spec, {"train": [lengths]})
+    lengths = shards.write_shard(folder.name, spec, "train", 0, 1, map(episode, range(NUM_EPISODES)))
+    shards.finish_dataset(folder.name, spec, {"train": [lengths]})
     return folder.name
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
 from wam_jax import input_pipeline, parallel, rlds, specs, world_model
+from wam_jax import shards as shard_files
 from wam_jax.types import LatentState, Observation, StepBatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,14 +221,14 @@ def write_dataset(
     spec = spec_of(name, next(iter(episodes.values()))[0])
     fingerprints = {split: _fingerprint(of_split) for split, of_split in episodes.items()}
     plan = {"spec": dataclasses.asdict(spec), "episodes_per_shard": episodes_per_shard, "episodes": fingerprints}
-    rlds.start_dataset(directory, plan)
+    shard_files.start_dataset(directory, plan)
     lengths = {}
     for split, of_split in episodes.items():
         shards = [of_split[i : i + episodes_per_shard] for i in range(0, len(of_split), episodes_per_shard)]
         lengths[split] = [
-            rlds.write_shard(directory, spec, split, i, len(shards), shard) for i, shard in enumerate(shards)
+            shard_files.write_shard(directory, spec, split, i, len(shards), shard) for i, shard in enumerate(shards)
         ]
-    rlds.finish_dataset(directory, spec, lengths)
+    shard_files.finish_dataset(directory, spec, lengths)
     return Path(directory)
 
 

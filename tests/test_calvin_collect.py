@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 from data.calvin import conversion, convert, export, pickled_npy
 from experiments import collect_calvin, launch
 from experiments.configs import calvin_d_scripted
-from wam_jax import datasets, json_files, rlds, specs
+from wam_jax import datasets, json_files, rlds, shards, specs
 from wam_jax.environments.calvin import play
 from wam_jax.environments.calvin.pool import Pool
 from wam_jax.environments.calvin.simulator import Simulator
@@ -31,6 +31,7 @@ SIZES = {
     "dataset.demonstrations_per_task": 1,
     "tasks": ("turn_on_led", "turn_off_led"),
     "world_model.window_length": 4,
+    "world_model.open_loop_steps": 4,
 }
 
 
@@ -132,7 +133,7 @@ def workdir(tmp_path_factory):
     return workdir
 
 
-def shards(workdir):
+def written_shards(workdir):
     return {str(path.relative_to(workdir)): path for path in sorted(workdir.rglob("*.array_record-*"))}
 
 
@@ -167,9 +168,9 @@ def test_the_cost_is_noted(workdir):
 
 @needs_simulator
 def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(workdir):
-    before = {name: path.stat().st_mtime_ns for name, path in shards(workdir).items()}
+    before = {name: path.stat().st_mtime_ns for name, path in written_shards(workdir).items()}
     collect(workdir, assets="no simulator is needed")
-    assert {name: path.stat().st_mtime_ns for name, path in shards(workdir).items()} == before
+    assert {name: path.stat().st_mtime_ns for name, path in written_shards(workdir).items()} == before
     with pytest.raises(ValueError, match="made with other settings .actions differ"):
         collect(workdir, actions="commanded")
 
@@ -212,18 +213,18 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(workdir, tmp_path, monkey
     options = [f"--workdir={tmp_path}", f"--calvin_assets={ASSETS}", "--calvin_workers=1"]
     process = subprocess.Popen([*command, *options], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    parts = tmp_path / "data" / "calvin_play" / rlds.PARTS_FOLDER
+    parts = tmp_path / "data" / "calvin_play" / shards.PARTS_FOLDER
     while len(kept := [path for path in parts.glob("*") if path.suffix != ".tmp"]) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
     process.wait()
-    before, written = rlds.write_part, []
-    monkeypatch.setattr(rlds, "write_part", lambda *a: written.append(a) or before(*a))
+    before, written = shards.write_part, []
+    monkeypatch.setattr(shards, "write_part", lambda *a: written.append(a) or before(*a))
     collect(tmp_path, num_workers=1)
     assert len(kept) + len(written) == 6 + 2  # play, and a demonstration of each task: no episode is recorded twice
-    expected = {name: path.read_bytes() for name, path in shards(workdir).items()}
-    assert {name: path.read_bytes() for name, path in shards(tmp_path).items()} == expected
+    expected = {name: path.read_bytes() for name, path in written_shards(workdir).items()}
+    assert {name: path.read_bytes() for name, path in written_shards(tmp_path).items()} == expected
     assert not parts.exists()
 
 

@@ -37,7 +37,9 @@ def resident(process: int) -> int:
 
 
 @needs_simulator
-def test_an_interrupted_request_leaves_no_answers_behind(recording):
+def test_an_interrupted_request_leaves_no_answers_behind(recording, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     pool = Pool(STATES, num_workers=2)
     episodes = [begin(recording.reset_robot_obs, recording.reset_scene_obs)] * 2
     episodes, _ = pool.step(episodes, np.stack([recording.actions[:5]] * 2), [False] * 2)
@@ -134,9 +136,9 @@ def test_an_interpreter_that_cannot_work_is_named(python, message):
 @needs_simulator
 def test_the_binary_says_in_one_line_that_workers_die():
     code = (
-        "from absl import app\nfrom experiments import check_calvin\n"
+        "from experiments import check_calvin\nfrom wam_jax import cli\n"
         "check_calvin.Pool._ask = lambda self, index, *_: self._workers[index].process.kill()\n"
-        "app.run(check_calvin.main)"
+        "cli.run(check_calvin.main)"
     )
     done = helpers.run_python("-c", code, f"--assets={ASSETS}", f"--replay={SHARED / 'replay_D.npz'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -209,7 +211,7 @@ def test_unknown_assets_are_reported_once(tmp_path, monkeypatch):
 RECORDING = Recording(
     reset_robot_obs=np.zeros(15),
     reset_scene_obs=np.zeros(24),
-    actions=np.zeros((2, 7)),
+    actions=np.tile([0.0, 0, 0, 0, 0, 0, 1], (2, 1)),
     robot_obs=np.zeros((3, 15)),
     scene_obs=np.zeros((3, 24)),
     frame_steps=np.array([0, 2]),
@@ -222,6 +224,7 @@ RECORDING = Recording(
     ("key", "array", "message"),
     [
         ("actions", np.zeros(()), r"actions has shape \(\); expected \(1, 7\)"),
+        ("actions", np.zeros((2, 7)), r"actions\[0\]: gripper command 0.0; expected"),
         ("frame_steps", np.zeros((), int), r"frame_steps has shape \(\); expected \(1,\)"),
         ("rgb_gripper", np.zeros(()), r"rgb_gripper has shape \(\); expected \(2, 64, 64, 3\)"),
         ("reset_robot_obs", np.full(15, "0"), "reset_robot_obs is <U1; expected float64"),
@@ -246,3 +249,21 @@ def test_files_that_are_no_recordings_are_named(tmp_path):
         recordings.load(str(single))
     with pytest.raises(ValueError, match="cannot read the recording .*empty.npz: No data left"):
         recordings.load(str(empty))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted: finished work is kept; the same command goes on from there"),
+        ("open('/dev/null/figures.json', 'w')", 1, "error: [Errno 20] Not a directory: '/dev/null/figures.json'"),
+    ],
+)
+def test_a_binary_without_config_ends_in_one_line(body, status, said):
+    done = helpers.run_python("-c", f"from wam_jax import cli\ndef main(argv):\n    {body}\ncli.run(main)")
+    assert (done.returncode, done.stderr.strip()) == (status, said)
+
+
+def test_a_flag_that_is_not_known_is_one_line():
+    done = helpers.run_python("-m", "experiments.check_calvin", "--asets=x")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: Unknown command line flag 'asets'")

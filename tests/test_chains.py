@@ -145,7 +145,8 @@ def write(path, **changes):
         ({"sequences": None}, "cannot read the chains .*: it has no sequences"),
         ({"sequences": np.array([["open_drawer"], ["open_door"]])}, "names unknown tasks: open_door"),
         ({"robot_obs": np.zeros((3, 15))}, r"has shapes \(3, 15\), \(2, 24\) and \(2, 1\); expected"),
-        ({"sequences": np.array([[{}], [{}]])}, "cannot read the chains .*Object arrays"),
+        ({"sequences": np.array([[{}], [{}]])}, "cannot read the chains .*a pickled one, which is never loaded"),
+        ({"scene_obs": np.full((2, 24), np.nan)}, "scene_obs of chain 0 has entries that are not finite"),
     ],
 )
 def test_chains_that_cannot_be_used_are_named(tmp_path, changes, message):

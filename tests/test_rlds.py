@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from experiments import verify_dataset
-from wam_jax import rlds, specs
+from wam_jax import rlds, shards, specs
 from wam_jax.types import Observation, StepBatch
 
 
@@ -73,15 +73,15 @@ def test_tfds_reads_back_what_was_written(tmp_path):
 def test_rerun_keeps_complete_shards_and_writes_the_missing_one(tmp_path):
     episodes = [make_episode(seed=seed) for seed in range(5)]
     write(tmp_path, episodes, episodes_per_shard=2)
-    shards = sorted(tmp_path.glob("*.array_record-*"))
-    assert len(shards) == 3
-    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
+    paths = sorted(tmp_path.glob("*.array_record-*"))
+    assert len(paths) == 3
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     (tmp_path / "dataset_info.json").unlink()
-    shards[1].unlink()
-    leftover = tmp_path / f"{shards[1].name}.1.tmp"
+    paths[1].unlink()
+    leftover = tmp_path / f"{paths[1].name}.1.tmp"
     leftover.write_bytes(before[1][0][:100])
     write(tmp_path, episodes, episodes_per_shard=2)
-    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in shards]
+    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     assert [content for content, _ in after] == [content for content, _ in before]
     assert (after[0][1], after[2][1]) == (before[0][1], before[2][1])
     assert not leftover.exists()
@@ -104,12 +104,12 @@ def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
         raise RuntimeError("the simulator died")
 
     spec = helpers.spec_of("toy", make_episode())
-    rlds.start_dataset(tmp_path, {})
+    shards.start_dataset(tmp_path, {})
     with pytest.raises(RuntimeError, match="the simulator died"):
-        rlds.write_shard(tmp_path, spec, "train", 0, 1, broken())
-    assert [path.name for path in tmp_path.iterdir()] == [rlds.PLAN_FILE]
+        shards.write_shard(tmp_path, spec, "train", 0, 1, broken())
+    assert [path.name for path in tmp_path.iterdir()] == [shards.PLAN_FILE]
     with pytest.raises(ValueError, match="1 shards are missing, the first is toy-train"):
-        rlds.finish_dataset(tmp_path, spec, {"train": [[12]]})
+        shards.finish_dataset(tmp_path, spec, {"train": [[12]]})
 
 
 def test_another_dataset_in_the_same_directory_is_refused(tmp_path):
@@ -131,7 +131,7 @@ def test_a_damaged_kept_shard_is_named(tmp_path):
 
 def test_metadata_are_whole_or_not_there(tmp_path, monkeypatch):
     def write_half(*, data_dir, **_):
-        (data_dir / rlds.INFO_FILE).write_text("{")
+        (data_dir / shards.INFO_FILE).write_text("{")
         raise KeyboardInterrupt
 
     whole, broken_off = tmp_path / "whole", tmp_path / "broken_off"
@@ -140,7 +140,7 @@ def test_metadata_are_whole_or_not_there(tmp_path, monkeypatch):
         patch.setattr(tfds.folder_dataset, "write_metadata", write_half)
         with pytest.raises(KeyboardInterrupt):
             write(broken_off, [make_episode()])
-    assert not (broken_off / rlds.INFO_FILE).exists()
+    assert not (broken_off / shards.INFO_FILE).exists()
     write(broken_off, [make_episode()])
     found, expected = ({path.name: path.read_bytes() for path in d.iterdir()} for d in (broken_off, whole))
     assert found == expected
@@ -150,15 +150,15 @@ def test_any_dataset_can_be_verified(tmp_path, capsys):
     good, bad, none = (tmp_path / name for name in ("good", "bad", "none"))
     for directory in (good, bad):
         write(directory, [make_episode()])
-    verify_dataset.main(["verify_dataset", str(good)])
+    verify_dataset.main([str(good)])
     assert capsys.readouterr().out == f"verified: {good}\n"
     (shard,) = bad.glob("*.array_record-*")
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(SystemExit) as error:
-        verify_dataset.main(["verify_dataset", str(good), str(bad), str(none)])
+        verify_dataset.main([str(good), str(bad), str(none)])
     first, second = error.value.code.splitlines()
     assert first.startswith(f"error: {shard}: SHA-256 is ")
-    assert second.startswith(f"error: {none / rlds.INFO_FILE}: missing, so the dataset is not complete")
+    assert second.startswith(f"error: {none / shards.INFO_FILE}: missing, so the dataset is not complete")
 
 
 def _with_steps(episode, **changes):

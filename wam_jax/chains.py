@@ -59,9 +59,15 @@ def load(path: str) -> list[Chain]:
             f"{path} has shapes {robot_obs.shape}, {scene_obs.shape} and {sequences.shape}; expected [n, 15], [n, 24] "
             "and [n, m]"
         )
+    for name, rows in (("robot_obs", robot_obs), ("scene_obs", scene_obs)):
+        wrong = np.flatnonzero(~np.isfinite(np.asarray(rows, np.float64)).all(axis=1))
+        if len(wrong):
+            raise ValueError(f"{path}: {name} of chain {wrong[0]} has entries that are not finite")
     unknown = sorted({*sequences.ravel().tolist()} - {*oracle.RULES})
     if unknown:
-        raise ValueError(f"{path} names unknown tasks: {', '.join(map(str, unknown))}")
+        raise ValueError(
+            f"{path} names unknown tasks: {', '.join(map(str, unknown))}; known are {', '.join(oracle.RULES)}"
+        )
     states = zip(robot_obs, scene_obs, strict=True)
     return [Chain(*row, tuple(tasks)) for row, tasks in zip(states, sequences.tolist(), strict=True)]
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from wam_jax import cores, rlds, shards, specs
+from wam_jax import cores, shards, specs
 from wam_jax.images import resize
 from wam_jax.types import Observation, StepBatch
 
@@ -110,10 +110,10 @@ def episode_lengths(directory: str | Path, split: str) -> list[int]:
     Raises:
       ValueError: no complete dataset there, or no such split.
     """
-    lengths = (open_builder(directory, split).info.metadata or {}).get(rlds.EPISODE_LENGTHS)
+    lengths = (open_builder(directory, split).info.metadata or {}).get(shards.EPISODE_LENGTHS)
     if lengths is None:
         raise ValueError(
-            f"{directory}: metadata.json lacks {rlds.EPISODE_LENGTHS}; write the dataset with wam_jax.rlds"
+            f"{directory}: metadata.json lacks {shards.EPISODE_LENGTHS}; write the dataset with wam_jax.rlds"
         )
     return lengths[split]
 
@@ -196,12 +196,12 @@ def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.D
         raise ValueError(
             f"dataset directory {directory} does not exist; check the path, or collect or convert data there"
         )
-    if not (directory / rlds.INFO_FILE).exists():
+    if not (directory / shards.INFO_FILE).exists():
         half = any(directory.glob("*.array_record-*"))
         mend = (
-            f"is half-written (shards, no {rlds.INFO_FILE}); run the command that wrote it again"
+            f"is half-written (shards, no {shards.INFO_FILE}); run the command that wrote it again"
             if half
-            else (f"holds no dataset (no {rlds.INFO_FILE}); give the directory with the shards")
+            else (f"holds no dataset (no {shards.INFO_FILE}); give the directory with the shards")
         )
         raise ValueError(f"{directory} {mend}")
     shards.check_sizes(directory)

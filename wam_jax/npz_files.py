@@ -28,4 +28,5 @@ def read(path: str, what: str, names: Sequence[str] = ()) -> dict[str, np.ndarra
                 raise ValueError(f"it has no {', '.join(missing)}")
             return {name: file[name] for name in names or file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read {what} {path}: {error}") from error
+        reason = "it is no npz file, or a pickled one, which is never loaded" if "pickle" in str(error) else error
+        raise ValueError(f"cannot read {what} {path}: {reason}; get or write the file again") from error

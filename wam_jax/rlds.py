@@ -1,42 +1,24 @@
-"""The one writer of datasets: RLDS episodes in ArrayRecord shards that TFDS loads without any code of ours.
+"""The format of datasets: RLDS episodes that TFDS loads without any code of ours.
 
     builder = tfds.builder_from_directory(directory)
     for episode in builder.as_data_source("train"):
         for step in episode["steps"]: ...
 
-One record is one episode. Every shard is written under a temporary name and renamed when complete, so a killed run
-leaves only whole shards; a rerun keeps those and writes the missing ones. The metadata comes last: a directory with
-`dataset_info.json` is a complete dataset.
-
-Nothing here needs TensorFlow: images go in as PNG bytes (given arrays, TFDS would encode them with TensorFlow).
+One record is one episode; `shards.py` writes them. Nothing here needs TensorFlow: images go in as PNG bytes (given
+arrays, TFDS would encode them with TensorFlow).
 """
 
 import dataclasses
 import io
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import cv2
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from wam_jax import json_files, shards, specs
-from wam_jax.shards import INFO_FILE, shard_path
+from wam_jax import specs
 from wam_jax.types import StepBatch
-
-PLAN_FILE = "plan.json"  # what the shards of a directory are made from, so that a rerun cannot mix two datasets
-PARTS_FOLDER = "parts"  # of episodes that wait for the rest of their shard
-EPISODE_LENGTHS = "episode_lengths"  # key of metadata.json: {split: [steps of each episode]}, for the input pipeline
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,174 +102,6 @@ def features(spec: DatasetSpec) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": episode_metadata})
 
 
-def start_dataset(directory: str | Path, plan: Mapping) -> bool:
-    """Creates the directory and notes what its shards will be made from.
-
-    Args:
-      directory: may exist already, with shards of an earlier run of the same plan.
-      plan: JSON values that decide the shards' contents (input, image size, number of shards, ...).
-
-    Returns:
-      whether the dataset is complete: an earlier run has finished it.
-
-    Raises:
-      ValueError: the directory holds shards of another plan.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / PLAN_FILE
-    new = json.loads(json.dumps(plan))
-    old = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else new
-    if old != new:
-        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        raise ValueError(
-            f"{directory} holds a dataset made with other settings ({', '.join(changed)} differ, see {path}); "
-            "use the same settings, choose another directory, or delete this one"
-        )
-    if not path.exists():
-        json_files.write(path, new)
-    if not (directory / INFO_FILE).exists():
-        return False
-    shards.check_sizes(directory)
-    return True
-
-
-def pictures(directory: str | Path) -> str:
-    """How a dataset's pictures were made, as its plan says: "drawn", "averaged" or "full"; empty where it does not."""
-    path = Path(directory) / PLAN_FILE
-    plan = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else {}
-    if "frames_per_shard" in plan:  # converted
-        return "averaged" if plan["image_size"] else "full"
-    return plan.get("pictures", "")
-
-
-def write_shard(
-    directory: str | Path, spec: DatasetSpec, split: str, index: int, num_shards: int, episodes: Iterable[Episode]
-) -> list[int]:
-    """Writes one shard, unless it is already there; may run in a process of its own.
-
-    Args:
-      directory: made by `start_dataset`.
-      spec: the same for all shards.
-      split: "train" or "validation".
-      index: of this shard.
-      num_shards: of this split.
-      episodes: what goes into it; left untouched when the shard exists, so give a generator where reading is slow.
-
-    Returns:
-      the number of steps of each episode in the shard.
-
-    Raises:
-      ValueError: an episode does not fit the specification.
-    """
-    path = shard_path(directory, spec.name, split, index, num_shards)
-    if path.exists():
-        return _lengths_in_shard(path, spec)
-    return _write_atomically(path, lambda temporary: _write_records(temporary, spec, episodes))
-
-
-def part_path(shard: Path, number: int) -> Path:
-    """Where episode `number` of a shard waits for the others, where they are slow to come."""
-    return shard.parent / PARTS_FOLDER / f"{shard.name}-{number:05d}"
-
-
-def write_part(shard: Path, number: int, spec: DatasetSpec, episode: Episode) -> int:
-    """Writes one episode of a shard to a file of its own; returns its steps.
-
-    Raises:
-      ValueError: it does not fit the specification.
-    """
-    path = part_path(shard, number)
-    path.parent.mkdir(exist_ok=True)
-    return _write_atomically(path, lambda temporary: _write_records(temporary, spec, [episode]))[0]
-
-
-def join_parts(shard: Path, spec: DatasetSpec, count: int) -> list[int]:
-    """Makes a shard of its parts, unless it is already there, and removes them.
-
-    Args:
-      shard: its path.
-      spec: the dataset's.
-      count: how many parts it has.
-
-    Returns:
-      the number of steps of each episode.
-
-    Raises:
-      ValueError: a part cannot be read.
-    """
-    parts = [part_path(shard, number) for number in range(count)]
-    if not shard.exists():
-        lengths = [_lengths_in_shard(part, spec)[0] for part in parts]
-        records = (ArrayRecordReader(str(part)).read([0])[0] for part in parts)
-        _write_atomically(shard, lambda temporary: _write_bytes(temporary, records))
-    else:
-        lengths = _lengths_in_shard(shard, spec)
-    for part in parts:
-        part.unlink(missing_ok=True)
-    return lengths
-
-
-def finish_dataset(
-    directory: str | Path,
-    spec: DatasetSpec,
-    lengths: Mapping[str, Sequence[Sequence[int]]],
-    description: str = "",
-) -> None:
-    """Writes the checksums of the shards and the metadata that make them a dataset; the last step.
-
-    Args:
-      directory: holds all shards.
-      spec: as given to `write_shard`.
-      lengths: for each split and shard the steps of each episode, as returned by `write_shard`.
-      description: shown by TFDS.
-
-    Raises:
-      ValueError: a shard is missing.
-    """
-    directory = Path(directory)
-    paths = {
-        split: [shard_path(directory, spec.name, split, i, len(of_split)) for i in range(len(of_split))]
-        for split, of_split in lengths.items()
-    }
-    missing = [path.name for of_split in paths.values() for path in of_split if not path.exists()]
-    if missing:
-        raise ValueError(f"{directory}: {len(missing)} shards are missing, the first is {missing[0]}; write them first")
-    for leftover in directory.glob(f"{spec.name}-*.tmp"):
-        leftover.unlink()
-    shutil.rmtree(directory / PARTS_FOLDER, ignore_errors=True)
-    split_infos = [
-        tfds.core.SplitInfo(
-            name=split,
-            shard_lengths=[len(of_shard) for of_shard in of_split],
-            num_bytes=sum(path.stat().st_size for path in paths[split]),
-        )
-        for split, of_split in lengths.items()
-    ]
-    flat_lengths = {split: [n for of_shard in of_split for n in of_shard] for split, of_split in lengths.items()}
-    shards.write_checksums(directory, [path for of_split in paths.values() for path in of_split])
-    temporary = directory / "metadata.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for of_split in paths.values():
-        (temporary / of_split[0].name).touch()  # TFDS learns the dataset's name and format from the names of shards
-    tfds.folder_dataset.write_metadata(
-        data_dir=temporary,
-        features=features(spec),
-        split_infos=split_infos,
-        version="1.0.0",
-        check_data=False,  # its check reads through TensorFlow
-        description=description,
-        metadata=tfds.core.MetadataDict({EPISODE_LENGTHS: flat_lengths}),
-    )
-    info = directory / INFO_FILE
-    unfinished = info.with_name(f"{INFO_FILE}.tmp")
-    for path in temporary.glob("*.json"):
-        os.replace(path, unfinished if path.name == INFO_FILE else directory / path.name)
-    shutil.rmtree(temporary)
-    os.replace(unfinished, info)  # the very last step, so that nothing is left behind wherever the process is killed
-
-
 def step_texts(episode: Episode) -> tuple[list[str], list[str]]:
     """The task name and the sentence of each step, by the rule that Episode states."""
     indices = np.asarray(episode.steps.task)
@@ -324,45 +138,8 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
-def _write_atomically(path: Path, write: Callable[[Path], T]) -> T:
-    """Has a file written to a temporary name, which no other process of any machine has, and renames it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        result = write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result
-
-
-def _write_records(path: Path, spec: DatasetSpec, episodes: Iterable[Episode]) -> list[int]:
-    lengths = []
-    shard_features = features(spec)
-    serializer = ExampleSerializer(shard_features.get_serialized_info())
-
-    def records() -> Iterator[bytes]:
-        for episode in episodes:
-            check_episode(episode, spec)
-            example = serializer.get_tf_example(shard_features.encode_example(_to_example(episode)))
-            lengths.append(len(episode.steps.is_first))
-            yield example.SerializeToString(deterministic=True)  # the same bytes whenever it is written
-
-    _write_bytes(path, records())
-    if not lengths:
-        raise ValueError(f"shard {path.name} got no episodes; expected at least one")
-    return lengths
-
-
-def _write_bytes(path: Path, records: Iterable[bytes]) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
-    try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
-
-
-def _to_example(episode: Episode) -> dict:
+def to_example(episode: Episode) -> dict:
+    """What `features` encodes: steps and metadata."""
     metadata = {
         "source": episode.source,
         "episode_id": episode.episode_id,
@@ -428,17 +205,3 @@ def check_episode(episode: Episode, spec: DatasetSpec) -> None:
     for key in ("action", "robot_obs", "scene_obs"):
         if not np.isfinite(expected[key][0]).all():
             raise ValueError(f"{where}: {key} has non-finite values")
-
-
-def _lengths_in_shard(path: Path, spec: DatasetSpec) -> list[int]:
-    """Counts the steps of a kept shard's episodes, which also proves that it can be read."""
-    shard_features = features(spec)
-    skip = {"steps": tfds.decode.SkipDecoding()}
-    try:
-        reader = ArrayRecordReader(str(path))
-        if not reader.num_records():  # so a truncated file shows: not by an error
-            raise EOFError("it is truncated")
-        records = (reader.read([i])[0] for i in range(reader.num_records()))
-        return [len(shard_features.deserialize_example_np(r, decoders=skip)["steps"]["is_first"]) for r in records]
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it and run again, it is then rewritten") from error

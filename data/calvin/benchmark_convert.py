@@ -29,11 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data.calvin import npz_folder
-from wam_jax import json_files, metrics, specs
+from wam_jax import cli, json_files, metrics, specs
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder in CALVIN's layout to take frames from.", required=True)
 _WORKSPACE = flags.DEFINE_string("workspace", None, "Where tree and shards are made and removed again.", required=True)
@@ -250,12 +250,10 @@ def _bytes(directory: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     """Measures, prints and writes; exits 1 where the killed conversion gave another result."""
     del argv
-    try:
-        os.makedirs(_WORKSPACE.value, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=_WORKSPACE.value) as workspace:
-            result = benchmark(Path(workspace))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    os.makedirs(_WORKSPACE.value, exist_ok=True)
+    os.makedirs(_OUTPUT.value, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_WORKSPACE.value) as workspace:
+        result = benchmark(Path(workspace))
     json_files.write(os.path.join(_OUTPUT.value, "convert.json"), result)
     print(json.dumps(result, indent=1))
     if not result.get("identical_after_kills", True):
@@ -263,4 +261,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -14,6 +14,7 @@ from data.calvin import npz_folder, statistics
 from data.calvin.episodes import PlannedEpisode
 from data.calvin.npz_folder import FRAME_ARRAYS, Folder, RefusedFiles
 from wam_jax import rlds, specs
+from wam_jax import shards as shard_files
 
 REPORT_FILE = "refused_files.txt"  # beside the shards, while files of the input are refused
 
@@ -28,8 +29,9 @@ class Settings:
     language_folder: str = npz_folder.LANGUAGE_FOLDER  # holds auto_lang_ann.npy
 
     def __post_init__(self):
-        if self.image_size < 0 or min(self.frames_per_shard, self.max_episode_steps) < 1:
-            raise ValueError(f"{self}: expected image_size >= 0 and the other numbers >= 1")
+        for name, least in (("image_size", 0), ("frames_per_shard", 1), ("max_episode_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}={getattr(self, name)}; expected {least} or more")
 
 
 DEFAULT_SETTINGS = Settings()
@@ -122,7 +124,7 @@ def start(conversion: Conversion) -> bool:
     contents = {
         f"{split} frames": _digest(conversion.shards[split], folder) for split, folder in conversion.folders.items()
     }
-    return rlds.start_dataset(conversion.output, dataclasses.asdict(conversion.settings) | contents)
+    return shard_files.start_dataset(conversion.output, dataclasses.asdict(conversion.settings) | contents)
 
 
 def jobs(conversion: Conversion) -> list[Job]:
@@ -147,7 +149,7 @@ def write(job: Job) -> Shard:
     """Writes a shard unless it is there already, or reads all its frames and says which are refused."""
     episodes = (calvin_episodes.read_episode(job.folder, planned, job.image_size) for planned in job.episodes)
     try:
-        lengths = rlds.write_shard(job.output, job.spec, job.split, job.index, job.num_shards, episodes)
+        lengths = shard_files.write_shard(job.output, job.spec, job.split, job.index, job.num_shards, episodes)
     except ValueError:
         frames = (frame for planned in job.episodes for frame in range(planned.first, planned.last + 1))
         faults = npz_folder.refused_frames(job.folder.path, frames)
@@ -171,7 +173,9 @@ def finish(conversion: Conversion, written: Iterable[Shard]) -> None:
     if faults:
         raise RefusedFiles(sorted(faults))
     source = conversion.folders["train"].path.parent.name
-    rlds.finish_dataset(conversion.output, conversion.spec, lengths, f"CALVIN play data, converted from {source}.")
+    shard_files.finish_dataset(
+        conversion.output, conversion.spec, lengths, f"CALVIN play data, converted from {source}."
+    )
 
 
 def complete(conversion: Conversion) -> str:

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data.calvin import conversion, npz_folder, pool
 from data.calvin.conversion import DEFAULT_SETTINGS, Conversion, Settings, Shard
 from data.calvin.npz_folder import RefusedFiles
-from wam_jax import cores, datasets, specs
+from wam_jax import cli, cores, datasets, specs
 
 _FRAMES_PER_CHECK = 1000
 
@@ -92,8 +92,7 @@ def _write(planned: Conversion, workers: int) -> Iterator[Shard]:
 
 def main(argv: Sequence[str]) -> None:
     """Checks, or converts and verifies, what the flags say."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; everything is given by flags")
+    del argv
     pool.use_cpu()
     output = Path(_OUTPUT.value)
     try:
@@ -114,12 +113,7 @@ def main(argv: Sequence[str]) -> None:
             print("verified: every checksum is right and every step can be decoded")
     except RefusedFiles as error:
         sys.exit(f"error: {error}; all {len(error.faults)} in {output / conversion.REPORT_FILE}")
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of ArrayRecord, on a full disk
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print("interrupted: finished shards are kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import apache_beam as beam
-from absl import app, flags
+from absl import flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from data.calvin import conversion, npz_folder, pool
 from data.calvin.conversion import Conversion, Settings, Shard
 from data.calvin.npz_folder import RefusedFiles
-from wam_jax import specs
+from wam_jax import cli, specs
 
 _INPUT = flags.DEFINE_string("input", None, "Folder that holds training/ and validation/.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards; made if missing.", required=True)
@@ -88,12 +88,10 @@ def main(argv: Sequence[str]) -> None:
         settings = Settings(
             _IMAGE_SIZE.value, _FRAMES_PER_SHARD.value, _MAX_EPISODE_STEPS.value, _LANGUAGE_FOLDER.value
         )
-        print(convert(Path(_INPUT.value), output, settings, PipelineOptions(argv[1:])))
+        print(convert(Path(_INPUT.value), output, settings, PipelineOptions(list(argv))))
     except RefusedFiles as error:
         sys.exit(f"error: {error}; all {len(error.faults)} in {output / conversion.REPORT_FILE}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, takes="options of Beam")

@@ -8,18 +8,17 @@ are there are kept, so the same command goes on after an interruption.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from data.calvin import npz_folder
-from wam_jax import datasets, json_files, shards
+from wam_jax import cli, datasets, json_files, shards
 
 _SOURCE_FILE = "exported_from.json"
 _EMBEDDING_SHAPE = (1, 384)  # of a sentence in the original's files
@@ -137,15 +136,8 @@ def _replace(path: Path, write: Callable[[Any], None]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Exports what the flags say."""
-    if argv[1:]:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options are written --name=value")
-    try:
-        export(Path(_INPUT.value), Path(_OUTPUT.value))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted: files are kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    del argv
+    export(Path(_INPUT.value), Path(_OUTPUT.value))
 
 
 if __name__ == "__main__":
@@ -153,4 +145,4 @@ if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string(
         "output", None, "Folder for training/ and validation/; made if missing.", required=True
     )
-    app.run(main)
+    cli.run(main)

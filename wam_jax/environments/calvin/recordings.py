@@ -8,6 +8,7 @@ import numpy as np
 from wam_jax import npz_files
 from wam_jax.environments.calvin import pool as pools
 from wam_jax.environments.calvin.pool import Pool
+from wam_jax.environments.calvin.simulator import check_action
 from wam_jax.environments.calvin.worker import Frames
 
 
@@ -71,6 +72,11 @@ def _check(path: str, recording: Recording) -> None:
             raise ValueError(f"{path}: {name} is {array.dtype}; expected {dtype}")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} has entries that are not finite")
+    for step, action in enumerate(recording.actions):
+        try:
+            check_action(action)
+        except ValueError as error:
+            raise ValueError(f"{path}: actions[{step}]: {error}; CALVIN's relative actions are expected") from error
     if frames and not 0 <= recording.frame_steps.min() <= recording.frame_steps.max() <= steps:
         raise ValueError(f"{path}: frame_steps reach beyond the {steps + 1} states")
 

@@ -162,10 +162,24 @@ def _task_starts(path: str, task: str, arrays: dict[str, np.ndarray]) -> list[St
         )
     for row, start in enumerate(scene_obs):
         finite = np.isfinite(start).all() and np.isfinite(robot_obs[row]).all()
-        why = why_impossible(task, start) if finite else "it has entries that are not finite"
+        why = _why_out_of_range(robot_obs[row], start) if finite else "it has entries that are not finite"
+        why = why or why_impossible(task, start)
         if why:
             raise ValueError(f"{path}: start {row} of {task} cannot be used: {why}")
     return list(zip(robot_obs, scene_obs, strict=True))
+
+
+def _why_out_of_range(robot_obs: np.ndarray, scene_obs: np.ndarray) -> str:
+    """Says which entry cannot be what it should be: another unit, or another column."""
+    parts = {
+        "robot_obs 0 to 2, the hand's position in m": (robot_obs[:3], 2.0),
+        "robot_obs 7 to 13, the joints' angles in rad": (robot_obs[7:14], 2 * np.pi),
+        "scene_obs 0 to 3, slider, drawer, button and switch in m": (scene_obs[:4], 1.0),
+    }
+    for name, (values, most) in parts.items():
+        if np.abs(values).max() > most:
+            return f"{name}, reaches {values[np.abs(values).argmax()]:.4g}; expected at most {most:.3g}"
+    return ""
 
 
 def version_of(given: dict[str, list[Start]]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from wam_jax import diffusion_policy
 from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
 from wam_jax.networks import rssm
-from wam_jax.networks.denoiser import Critic, Denoiser
+from wam_jax.networks.denoiser import Critic, Denoiser, mish
 from wam_jax.types import LatentState
 
 STATE_DIM = 8 + 2 * 4
@@ -96,28 +96,47 @@ def test_schedule_is_the_closed_form():
     np.testing.assert_allclose([schedule.variance[0], schedule.clean_weight[0], schedule.noisy_weight[0]], [0, 1, 0])
 
 
-def test_condition_equals_concatenation():
-    settings = make_settings()
-    params, rng = make_params(), np.random.default_rng(0)
-    chunk, state = rng.normal(size=(5, 4, 7)), rng.normal(size=(5, STATE_DIM))
-    step = jnp.arange(5)
-    network = jax.jit(functools.partial(diffusion_policy.denoiser(settings).apply, method="denoise"))
-    predicted = network(params, chunk, step, state)
-
+def plain_network(params, chunk, step, state):
+    """DPPO's form: one layer on concat[chunk, time, state] for every pair of a state and a step; [N, ...]."""
     p = params["params"]
-    mish = jax.nn.mish
     frequency = np.exp(-np.log(10_000) / 7 * np.arange(8))
-    angle = np.arange(5)[:, None] * frequency
-    time = np.concatenate([np.sin(angle), np.cos(angle)], -1)
-    time = mish(time @ p["time_hidden"]["kernel"] + p["time_hidden"]["bias"])
+    angle = step[:, None] * frequency
+    time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+    time = jax.nn.mish(time @ p["time_hidden"]["kernel"] + p["time_hidden"]["bias"])
     time = time @ p["time_out"]["kernel"] + p["time_out"]["bias"]
     kernel = jnp.concatenate([p["chunk_in"]["kernel"], p["state_in"]["kernel"]])
-    hidden = jnp.concatenate([chunk.reshape(5, -1), time, state], -1) @ kernel + p["state_in"]["bias"]
+    hidden = jnp.concatenate([chunk.reshape(len(chunk), -1), time, state], -1) @ kernel + p["state_in"]["bias"]
     block = p["blocks_0"]
-    inner = mish(hidden) @ block["Dense_0"]["kernel"] + block["Dense_0"]["bias"]
-    hidden = hidden + mish(inner) @ block["Dense_1"]["kernel"] + block["Dense_1"]["bias"]
-    expected = (hidden @ p["output"]["kernel"] + p["output"]["bias"]).reshape(5, 4, 7)
-    np.testing.assert_allclose(predicted, expected, atol=1e-5)
+    inner = jax.nn.mish(hidden) @ block["Dense_0"]["kernel"] + block["Dense_0"]["bias"]
+    hidden = hidden + jax.nn.mish(inner) @ block["Dense_1"]["kernel"] + block["Dense_1"]["bias"]
+    return (hidden @ p["output"]["kernel"] + p["output"]["bias"]).reshape(chunk.shape)
+
+
+def test_a_state_used_for_many_steps_equals_concatenation_in_value_and_gradient():
+    network, rng, step = diffusion_policy.denoiser(make_settings()), np.random.default_rng(0), jnp.arange(3)
+    chunk, weight = (rng.normal(size=(2, 5, 3, 4, 7)).astype(np.float32) for _ in range(2))  # two chains a state
+    state = rng.normal(size=(5, STATE_DIM)).astype(np.float32)
+
+    def once_a_state(params):
+        condition = network.apply(params, state, method="condition")[:, None]
+        return network.apply(params, chunk, step, condition)
+
+    def once_a_pair(params):
+        steps = jnp.broadcast_to(step, (2, 5, 3)).reshape(-1)
+        states = jnp.broadcast_to(state[:, None], (2, 5, 3, STATE_DIM)).reshape(30, -1)
+        return plain_network(params, chunk.reshape(30, 4, 7), steps, states).reshape(chunk.shape)
+
+    def value_and_gradient(form):
+        return jax.jit(lambda params: (form(params), jax.grad(lambda p: jnp.sum(weight * form(p)))(params)))
+
+    fast, plain = (value_and_gradient(form)(make_params()) for form in (once_a_state, once_a_pair))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), fast, plain)
+
+
+def test_mish_equals_its_definition_in_value_and_gradient():
+    x = jnp.concatenate([jnp.linspace(-30, 30, 601), jnp.array([-1e4, -100.0, 100.0, 1e4])])
+    for fast, plain in ((mish, jax.nn.mish), (jax.vmap(jax.grad(mish)), jax.vmap(jax.grad(jax.nn.mish)))):
+        np.testing.assert_allclose(jax.jit(fast)(x), jax.jit(plain)(x), rtol=1e-5, atol=1e-6)
 
 
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():

@@ -1,6 +1,7 @@
 """Diffusion policy: sizes, schedule, sampler, log-probabilities and behavioural cloning."""
 
 import functools
+from unittest import mock
 
 import distrax
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from wam_jax import diffusion_policy
 from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
-from wam_jax.networks import rssm
+from wam_jax.networks import categorical, rssm
 from wam_jax.networks.denoiser import Critic, Denoiser, mish
 from wam_jax.types import LatentState
 
@@ -139,6 +140,14 @@ def test_mish_equals_its_definition_in_value_and_gradient():
         np.testing.assert_allclose(jax.jit(fast)(x), jax.jit(plain)(x), rtol=1e-5, atol=1e-6)
 
 
+def test_one_hot_samples_are_as_frequent_as_their_logits_say():
+    logits = jnp.array([[0.0, 1.0, -1.0, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, 3.0]])
+    drawn = jax.jit(categorical.sample_one_hot)(jnp.broadcast_to(logits, (40_000, 2, 4)), jax.random.key(0))
+    np.testing.assert_array_equal(drawn.sum(-1), 1)
+    np.testing.assert_allclose(drawn.mean(0), jax.nn.softmax(logits), atol=0.01)
+    np.testing.assert_array_equal(drawn.mean(0)[logits == -jnp.inf], 0)
+
+
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
     settings, batch = make_settings(), make_batch()
     state = init(jax.random.key(0))
@@ -194,6 +203,23 @@ def test_base_denoises_the_first_steps_and_the_finetuned_the_last():
     np.testing.assert_array_equal(chain[:, 0], chain_of_base[:, 0])
     assert jnp.abs(chain[:, 1] - chain_of_base[:, 1]).max() > 0
     np.testing.assert_array_equal(chunk, jnp.clip(chain[:, -1], -1, 1))
+
+
+def test_a_chain_that_is_drawn_anew_is_one_that_the_network_would_have_drawn():
+    settings, params, feature = make_settings(), make_params(), jax.random.normal(jax.random.key(4), (6, STATE_DIM))
+
+    @jax.jit
+    def chains(params, feature, rng):
+        _, chain = diffusion_policy.sample(PolicyParams(params, params), feature, rng, explore=True, settings=settings)
+        conditioned = diffusion_policy.condition(params, feature, settings=settings)
+        return chain, diffusion_policy.redraw(params, conditioned, chain[:, 0], rng, settings=settings)
+
+    chain, other = chains(params, feature, jax.random.key(5))
+    np.testing.assert_array_equal(chain[:, 0], other[:, 0])
+    assert jnp.abs(chain[:, 1:] - other[:, 1:]).min(axis=(0, 2, 3)).max() > 1e-4, "noise of its own"
+    with mock.patch.object(jax.random, "normal", lambda rng, shape: jnp.full(shape, 0.3)):
+        same, again = chains.__wrapped__(params, feature, jax.random.key(5))
+    np.testing.assert_allclose(same, again, atol=1e-5)
 
 
 def test_log_prob_scores_the_distribution_that_the_sampler_draws_from():

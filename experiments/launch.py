@@ -36,6 +36,7 @@ _FREE = (
     "num_devices",
     "evaluation.num_episodes",
     "evaluation.batch_size",
+    ".tasks_at_once",
     ".updates_per_call",
     ".save_every",
     ".cache",

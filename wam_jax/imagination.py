@@ -11,12 +11,13 @@ Keys of `settings` (the papers' values):
     resample_latent True: draws the start's z from its stored posterior instead of repeating the stored sample
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from wam_jax import diffusion_policy
@@ -37,6 +38,19 @@ class ImaginationInputs:
     world_model_params: Params
     reward_params: Params  # of the success classifier, or whatever the reward rule reads
     base_policy_params: Params  # of the cloned policy (its moving average)
+
+
+# For jax.vmap: what each of several tasks has of its own (0), and the world model that they share (None).
+TASK_AXES = ImaginationInputs(start=0, world_model_params=None, reward_params=0, base_policy_params=0)  # type: ignore
+
+
+def stack_tasks(inputs: Sequence[ImaginationInputs]) -> ImaginationInputs:
+    """Stacks the inputs of G tasks on the host, leaves [G, ...]; the world model is one for all, the first's."""
+
+    def stack(name):
+        return jax.tree.map(lambda *x: np.stack(x), *(getattr(task, name) for task in inputs))
+
+    return inputs[0].replace(**{name: stack(name) for name in ("start", "reward_params", "base_policy_params")})
 
 
 @flax.struct.dataclass

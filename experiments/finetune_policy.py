@@ -6,6 +6,7 @@ python -m experiments.finetune_policy --config=experiments/configs/quickstart.py
 import functools
 
 import jax
+import numpy as np
 
 from experiments import launch, train_policy, train_reward, train_world_model
 from wam_jax import imagination, latents, parallel, ppo, specs, success_classifier, training, world_model
@@ -28,7 +29,10 @@ def run(config, workdir: str) -> None:
         settings=settings,
         axis_name=parallel.AXIS_NAME,
     )
-    compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
+    several = jax.vmap(update, in_axes=(0, imagination.TASK_AXES, 0))
+    one, together = (
+        parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
+    )
     demonstrations = train_policy.encode_demonstrations(config, workdir)
     inputs = {
         task: imagination.ImaginationInputs(
@@ -39,20 +43,34 @@ def run(config, workdir: str) -> None:
         )
         for task in tasks  # before the first is trained: what is missing is named at once
     }
+    arguments = {
+        "workdir": workdir,
+        "settings": settings.to_dict(),
+        "num_steps": settings.num_iterations,
+        "updates_per_call": settings.updates_per_call,
+        "save_every": settings.save_every,
+        "devices": devices,
+    }
+    for group in groups(tasks, inputs, workdir, settings.tasks_at_once):
+        banks, stages = [inputs[task] for task in group], [stage(task) for task in group]
+        states = [initial_state(config, task, inputs[task].base_policy_params) for task in group]
+        seeds = [config.seed + specs.task_index(task) for task in group]
+        if len(group) == 1:
+            bank = training.repeat(parallel.replicate(banks[0], devices))
+            training.fit(one, states[0], bank, stage=stages[0], seed=seeds[0], **arguments)
+        else:
+            bank = training.repeat(parallel.replicate(imagination.stack_tasks(banks), devices))
+            state = jax.tree.map(lambda *x: np.stack(x), *states)
+            training.fit_together(together, state, bank, stages=stages, seed=np.array(seeds, np.int32), **arguments)
+
+
+def groups(tasks: list[str], inputs: dict, workdir: str, size: int) -> list[list[str]]:
+    """Up to `size` tasks each that can be one program: at the same iteration, with start banks of the same size."""
+    alike: dict[tuple, list[str]] = {}
     for task in tasks:
-        training.fit(
-            compiled,
-            initial_state(config, task, inputs[task].base_policy_params),
-            training.repeat(parallel.replicate(inputs[task], devices)),
-            stage=stage(task),
-            workdir=workdir,
-            settings=settings.to_dict(),
-            seed=config.seed + specs.task_index(task),
-            num_steps=settings.num_iterations,
-            updates_per_call=settings.updates_per_call,
-            save_every=settings.save_every,
-            devices=devices,
-        )
+        key = training.steps_done(workdir, stage(task)), len(inputs[task].start.deterministic)
+        alike.setdefault(key, []).append(task)
+    return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
 
 def stage(task: str) -> str:

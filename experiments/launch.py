@@ -41,6 +41,7 @@ _FREE = (
     "num_devices",
     "evaluation.num_episodes",
     "evaluation.batch_size",
+    ".tasks_at_once",
     ".updates_per_call",
     ".save_every",
     ".cache",
@@ -87,7 +88,7 @@ def _connect(trains: bool) -> None:
     """Joins the other processes, where the command line says that there are some; before JAX looks for devices.
 
     Raises:
-      ValueError: the flags contradict each other, nothing says how to find the others, or the binary is for one process.
+      ValueError: the flags contradict each other, nothing says how to find the others, or this is for one process.
     """
     names = "coordinator_address", "num_processes", "process_id"
     given: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}

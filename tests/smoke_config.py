@@ -36,6 +36,6 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.reward.update(
         embedding_dims=(16, 16), classification_dims=(16,), batch_size=8, num_steps=2, updates_per_call=1, save_every=1
     )
-    config.ppo.update(num_iterations=2, num_rollouts=4, epochs=1, updates_per_call=1, save_every=1)
+    config.ppo.update(num_iterations=2, num_rollouts=4, epochs=1, tasks_at_once=2, updates_per_call=1, save_every=1)
     config.evaluation.update(num_episodes=1, max_steps=8)
     return config

@@ -1,6 +1,7 @@
 """Diffusion policy: sizes, schedule, sampler, log-probabilities and behavioural cloning."""
 
 import functools
+from unittest import mock
 
 import distrax
 import jax
@@ -11,8 +12,8 @@ import pytest
 
 from wam_jax import diffusion_policy
 from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
-from wam_jax.networks import rssm
-from wam_jax.networks.denoiser import Critic, Denoiser
+from wam_jax.networks import categorical, rssm
+from wam_jax.networks.denoiser import Critic, Denoiser, mish
 from wam_jax.types import LatentState
 
 STATE_DIM = 8 + 2 * 4
@@ -96,28 +97,55 @@ def test_schedule_is_the_closed_form():
     np.testing.assert_allclose([schedule.variance[0], schedule.clean_weight[0], schedule.noisy_weight[0]], [0, 1, 0])
 
 
-def test_condition_equals_concatenation():
-    settings = make_settings()
-    params, rng = make_params(), np.random.default_rng(0)
-    chunk, state = rng.normal(size=(5, 4, 7)), rng.normal(size=(5, STATE_DIM))
-    step = jnp.arange(5)
-    network = jax.jit(functools.partial(diffusion_policy.denoiser(settings).apply, method="denoise"))
-    predicted = network(params, chunk, step, state)
-
+def plain_network(params, chunk, step, state):
+    """DPPO's form: one layer on concat[chunk, time, state] for every pair of a state and a step; [N, ...]."""
     p = params["params"]
-    mish = jax.nn.mish
     frequency = np.exp(-np.log(10_000) / 7 * np.arange(8))
-    angle = np.arange(5)[:, None] * frequency
-    time = np.concatenate([np.sin(angle), np.cos(angle)], -1)
-    time = mish(time @ p["time_hidden"]["kernel"] + p["time_hidden"]["bias"])
+    angle = step[:, None] * frequency
+    time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+    time = jax.nn.mish(time @ p["time_hidden"]["kernel"] + p["time_hidden"]["bias"])
     time = time @ p["time_out"]["kernel"] + p["time_out"]["bias"]
     kernel = jnp.concatenate([p["chunk_in"]["kernel"], p["state_in"]["kernel"]])
-    hidden = jnp.concatenate([chunk.reshape(5, -1), time, state], -1) @ kernel + p["state_in"]["bias"]
+    hidden = jnp.concatenate([chunk.reshape(len(chunk), -1), time, state], -1) @ kernel + p["state_in"]["bias"]
     block = p["blocks_0"]
-    inner = mish(hidden) @ block["Dense_0"]["kernel"] + block["Dense_0"]["bias"]
-    hidden = hidden + mish(inner) @ block["Dense_1"]["kernel"] + block["Dense_1"]["bias"]
-    expected = (hidden @ p["output"]["kernel"] + p["output"]["bias"]).reshape(5, 4, 7)
-    np.testing.assert_allclose(predicted, expected, atol=1e-5)
+    inner = jax.nn.mish(hidden) @ block["Dense_0"]["kernel"] + block["Dense_0"]["bias"]
+    hidden = hidden + jax.nn.mish(inner) @ block["Dense_1"]["kernel"] + block["Dense_1"]["bias"]
+    return (hidden @ p["output"]["kernel"] + p["output"]["bias"]).reshape(chunk.shape)
+
+
+def test_a_state_used_for_many_steps_equals_concatenation_in_value_and_gradient():
+    network, rng, step = diffusion_policy.denoiser(make_settings()), np.random.default_rng(0), jnp.arange(3)
+    chunk, weight = (rng.normal(size=(2, 5, 3, 4, 7)).astype(np.float32) for _ in range(2))  # two chains a state
+    state = rng.normal(size=(5, STATE_DIM)).astype(np.float32)
+
+    def once_a_state(params):
+        condition = network.apply(params, state, method="condition")[:, None]
+        return network.apply(params, chunk, step, condition)
+
+    def once_a_pair(params):
+        steps = jnp.broadcast_to(step, (2, 5, 3)).reshape(-1)
+        states = jnp.broadcast_to(state[:, None], (2, 5, 3, STATE_DIM)).reshape(30, -1)
+        return plain_network(params, chunk.reshape(30, 4, 7), steps, states).reshape(chunk.shape)
+
+    def value_and_gradient(form):
+        return jax.jit(lambda params: (form(params), jax.grad(lambda p: jnp.sum(weight * form(p)))(params)))
+
+    fast, plain = (value_and_gradient(form)(make_params()) for form in (once_a_state, once_a_pair))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), fast, plain)
+
+
+def test_mish_equals_its_definition_in_value_and_gradient():
+    x = jnp.concatenate([jnp.linspace(-30, 30, 601), jnp.array([-1e4, -100.0, 100.0, 1e4])])
+    for fast, plain in ((mish, jax.nn.mish), (jax.vmap(jax.grad(mish)), jax.vmap(jax.grad(jax.nn.mish)))):
+        np.testing.assert_allclose(jax.jit(fast)(x), jax.jit(plain)(x), rtol=1e-5, atol=1e-6)
+
+
+def test_one_hot_samples_are_as_frequent_as_their_logits_say():
+    logits = jnp.array([[0.0, 1.0, -1.0, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, 3.0]])
+    drawn = jax.jit(categorical.sample_one_hot)(jnp.broadcast_to(logits, (40_000, 2, 4)), jax.random.key(0))
+    np.testing.assert_array_equal(drawn.sum(-1), 1)
+    np.testing.assert_allclose(drawn.mean(0), jax.nn.softmax(logits), atol=0.01)
+    np.testing.assert_array_equal(drawn.mean(0)[logits == -jnp.inf], 0)
 
 
 def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
@@ -175,6 +203,23 @@ def test_base_denoises_the_first_steps_and_the_finetuned_the_last():
     np.testing.assert_array_equal(chain[:, 0], chain_of_base[:, 0])
     assert jnp.abs(chain[:, 1] - chain_of_base[:, 1]).max() > 0
     np.testing.assert_array_equal(chunk, jnp.clip(chain[:, -1], -1, 1))
+
+
+def test_a_chain_that_is_drawn_anew_is_one_that_the_network_would_have_drawn():
+    settings, params, feature = make_settings(), make_params(), jax.random.normal(jax.random.key(4), (6, STATE_DIM))
+
+    @jax.jit
+    def chains(params, feature, rng):
+        _, chain = diffusion_policy.sample(PolicyParams(params, params), feature, rng, explore=True, settings=settings)
+        conditioned = diffusion_policy.condition(params, feature, settings=settings)
+        return chain, diffusion_policy.redraw(params, conditioned, chain[:, 0], rng, settings=settings)
+
+    chain, other = chains(params, feature, jax.random.key(5))
+    np.testing.assert_array_equal(chain[:, 0], other[:, 0])
+    assert jnp.abs(chain[:, 1:] - other[:, 1:]).min(axis=(0, 2, 3)).max() > 1e-4, "noise of its own"
+    with mock.patch.object(jax.random, "normal", lambda rng, shape: jnp.full(shape, 0.3)):
+        same, again = chains.__wrapped__(params, feature, jax.random.key(5))
+    np.testing.assert_allclose(same, again, atol=1e-5)
 
 
 def test_log_prob_scores_the_distribution_that_the_sampler_draws_from():

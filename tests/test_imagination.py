@@ -45,7 +45,7 @@ def imagine_step(params, latent, action, rng):
 
 
 def reward_rule(params, feature, count):
-    return feature[:, 0] > params["goal"], count + 1
+    return feature[..., 0] > params["goal"], count + 1
 
 
 def make_bank(size=5):

@@ -205,7 +205,7 @@ def test_what_does_not_change_the_files_may_change(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     config = helpers.make_config()
     free = {"evaluation.num_episodes": 3, "world_model.save_every": 8, "policy.save_every": 1, "num_devices": 0}
-    free |= {"dataset.cache": "none", "ppo.updates_per_call": 1}
+    free |= {"dataset.cache": "none", "ppo.updates_per_call": 1, "ppo.tasks_at_once": 2}
     for path, value in free.items():
         change(path, value, config)
     launch.prepare(config, str(tmp_path))

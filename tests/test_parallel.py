@@ -290,7 +290,7 @@ def check_ppo_update_is_the_same_on_1_and_8_devices():
 
     def update(state, rows, rng, axis_name):
         episodes = jax.tree.map(lambda x: x.swapaxes(0, 1), rows).replace(last_feature=rows.last_feature)
-        decisions, scale, metrics = ppo.prepare(state, episodes, **static, axis_name=axis_name)
+        decisions, scale, metrics = ppo.prepare(state, episodes, policy, **static, axis_name=axis_name)
         state, more = ppo.update(state, decisions, policy, rng, **static, axis_name=axis_name)
         advantage = decisions.advantage.reshape(episodes.valid.shape).swapaxes(0, 1)
         return state.replace(reward_scale=scale), {**metrics, **more, "advantage": advantage}

@@ -75,7 +75,7 @@ def imagine_step(params, latent, action, rng):
 
 
 def reward_rule(params, feature, count):
-    return feature[:, 0] > params["goal"], count
+    return feature[..., 0] > params["goal"], count
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def make_decisions(**changes):
         episodes = imagination.rollout(
             policy, inputs, rng, explore=True, imagine_step=imagine_step, reward_rule=reward_rule, **static
         )
-        return ppo.prepare(state, episodes, **static)[0]
+        return ppo.prepare(state, episodes, inputs.base_policy_params, **static)[0]
 
     decisions = collect(make_state(), make_inputs(goal=0.4), jax.random.key(5))
     assert 0 < decisions.valid.sum() < decisions.valid.size
@@ -199,6 +199,21 @@ def test_advantages_are_divided_by_a_floor_where_they_vary_less():
     np.testing.assert_allclose(high.advantage, 2 * higher.advantage, rtol=1e-5)
     quotient = np.asarray(high.advantage / free.advantage)
     np.testing.assert_allclose(quotient, quotient[0], rtol=1e-3)
+
+
+def test_without_the_regulariser_its_chains_are_not_looked_at():
+    decisions, state = make_decisions(), make_state()
+    params = state.params.replace(actor=make_policy(seed=9))
+    static = {"policy_settings": POLICY_SETTINGS}
+
+    def gradient(bc_weight, chain):
+        loss = functools.partial(ppo.loss, settings=make_settings(bc_weight=bc_weight), **static)
+        return jax.jit(jax.grad(loss, has_aux=True))(params, decisions, chain)
+
+    grads, metrics = gradient(0.0, jnp.full_like(decisions.chain, jnp.nan))
+    plain, plain_metrics = gradient(1e-20, decisions.chain)
+    plain_metrics.pop("bc_loss")
+    chex.assert_trees_all_close((grads, metrics), (plain, plain_metrics), rtol=1e-4, atol=1e-6)
 
 
 def test_regulariser_pulls_towards_the_base_policy():

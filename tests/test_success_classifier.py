@@ -110,12 +110,16 @@ def test_reward_rule_counts_consecutive_frames():
     rule = make_settings(threshold=float(probability.mean()), consecutive=3)
     frames = [high, high, low, high, high, high, high, low]
     count, fired = jnp.zeros(1, jnp.int32), []
-    for frame in frames:
-        success, count = success_classifier.reward_rule(state.params, frame[None], count, settings=rule)
-        fired.append(bool(success[0]))
+    for chunk in (frames[:3], frames[3:]):  # the count goes on from chunk to chunk
+        chunk = jnp.stack(chunk)[:, None]
+        success, count = success_classifier.reward_rule(state.params, chunk, count, settings=rule)
+        fired += success[:, 0].tolist()
     assert fired == [False, False, False, False, False, True, True, False]
     single = make_settings(threshold=float(probability.mean()))
-    assert success_classifier.reward_rule(state.params, high[None], jnp.zeros(1, jnp.int32), settings=single)[0][0]
+    success, _ = success_classifier.reward_rule(
+        state.params, high[None, None], jnp.zeros(1, jnp.int32), settings=single
+    )
+    assert success[0, 0]
 
 
 def test_precision_and_recall_count_what_they_should():

@@ -30,7 +30,7 @@ import optax
 from jax import lax
 
 from wam_jax import specs
-from wam_jax.networks import rssm
+from wam_jax.networks import categorical, rssm
 from wam_jax.networks.denoiser import Denoiser
 from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
@@ -192,7 +192,7 @@ def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tu
     latent_rng, step_rng, noise_rng = jax.random.split(rng, 3)
     latent = batch.latent
     if settings.resample_latent:
-        latent = latent.replace(stochastic=rssm.sample_stochastic(latent.logits, latent_rng))
+        latent = latent.replace(stochastic=categorical.sample_one_hot(latent.logits, latent_rng))
     step = jax.random.randint(step_rng, batch.action.shape[:1], 0, settings.denoising_steps)
     noise = jax.random.normal(noise_rng, batch.action.shape)
     alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
@@ -285,24 +285,50 @@ def sample(params: PolicyParams, feature: Array, rng: Array, *, explore: bool, s
     shape = (settings.denoising_steps + 1, feature.shape[0], settings.chunk, specs.ACTION_DIM)
     noise = jax.random.normal(rng, shape)
     first, noise = noise[0], jnp.clip(noise[1:], -settings.noise_clip, settings.noise_clip)
-    base_steps = jnp.arange(settings.denoising_steps - 1, settings.finetuned_steps - 1, -1)
+    steps = jnp.arange(settings.denoising_steps - 1, -1, -1)
+    num_base = settings.denoising_steps - settings.finetuned_steps
 
-    def denoise(network_params, noisy_chunk, steps, step_noise):
+    def denoise(network_params, noisy_chunk, part):
         conditioned = condition(network_params, feature, settings=settings)
+        return _denoise(network_params, conditioned, noisy_chunk, (steps[part], noise[part]), explore, settings)
 
-        def body(noisy_chunk, step_and_noise):
-            step, noise = step_and_noise
-            normal = transition(network_params, conditioned, noisy_chunk, step, explore=explore, settings=settings)
-            noisy_chunk = normal.loc + normal.scale * noise
-            return noisy_chunk, noisy_chunk
-
-        return lax.scan(body, noisy_chunk, (steps, step_noise))
-
-    num_base = base_steps.shape[0]
-    start, _ = denoise(params.base, first, base_steps, noise[:num_base])
-    last, outputs = denoise(params.finetuned, start, finetuned_steps(settings), noise[num_base:])
+    base_outputs = denoise(params.base, first, slice(0, num_base))
+    start = jnp.concatenate([first[None], base_outputs])[-1]
+    outputs = denoise(params.finetuned, start, slice(num_base, None))
     chain = jnp.concatenate([start[None], outputs])
-    return jnp.clip(last, -1, 1), jnp.moveaxis(chain, 0, 1)
+    return jnp.clip(chain[-1], -1, 1), jnp.moveaxis(chain, 0, 1)
+
+
+def redraw(params: Params, conditioned: Array, start: Array, rng: Array, *, settings: Any) -> Array:
+    """Draws the last F steps of chains anew, by one network, as `sample` with `explore=True` does.
+
+    Args:
+      params: of the noise predictor.
+      conditioned: [B, hidden], from `condition` with the same parameters.
+      start: float32 [B, C, A], the input of step F-1.
+      rng: one key.
+      settings: see the module.
+
+    Returns:
+      float32 [B, F+1, C, A], the start in front.
+    """
+    steps = finetuned_steps(settings)
+    noise = jax.random.normal(rng, (steps.shape[0], *start.shape))
+    noise = jnp.clip(noise, -settings.noise_clip, settings.noise_clip)
+    outputs = _denoise(params, conditioned, start, (steps, noise), True, settings)
+    return jnp.moveaxis(jnp.concatenate([start[None], outputs]), 0, 1)
+
+
+def _denoise(params, conditioned, noisy_chunk, steps_and_noise, explore, settings) -> Array:
+    """The output of each denoising step of one network, [J, B, C, A], for steps [J] and noise [J, B, C, A]."""
+
+    def body(noisy_chunk, step_and_noise):
+        step, noise = step_and_noise
+        normal = transition(params, conditioned, noisy_chunk, step, explore=explore, settings=settings)
+        noisy_chunk = normal.loc + normal.scale * noise
+        return noisy_chunk, noisy_chunk
+
+    return lax.scan(body, noisy_chunk, steps_and_noise)[1]
 
 
 def act(params: PolicyParams, feature: Array, rng: Array, *, settings: Any) -> Array:

@@ -11,21 +11,22 @@ Keys of `settings` (the papers' values):
     resample_latent True: draws the start's z from its stored posterior instead of repeating the stored sample
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from wam_jax import diffusion_policy
-from wam_jax.networks import rssm
+from wam_jax.networks import categorical
 from wam_jax.types import Array, LatentState, Params
 
 # (world_model_params, latent [B, ...], action [B, 7], rng) -> latent: one step of the prior, z sampled or expected.
 ImagineStep = Callable[[Params, LatentState, Array, Array], LatentState]
-# (reward_params, feature [B, state_dim], count int32 [B]) -> (success bool [B], count): see success_classifier.
+# (reward_params, feature [C, B, state_dim], count int32 [B]) -> (success bool [C, B], count): see success_classifier.
 RewardRule = Callable[[Params, Array, Array], tuple[Array, Array]]
 
 
@@ -37,6 +38,19 @@ class ImaginationInputs:
     world_model_params: Params
     reward_params: Params  # of the success classifier, or whatever the reward rule reads
     base_policy_params: Params  # of the cloned policy (its moving average)
+
+
+# For jax.vmap: what each of several tasks has of its own (0), and the world model that they share (None).
+TASK_AXES = ImaginationInputs(start=0, world_model_params=None, reward_params=0, base_policy_params=0)  # type: ignore
+
+
+def stack_tasks(inputs: Sequence[ImaginationInputs]) -> ImaginationInputs:
+    """Stacks the inputs of G tasks on the host, leaves [G, ...]; the world model is one for all, the first's."""
+
+    def stack(name):
+        return jax.tree.map(lambda *x: np.stack(x), *(getattr(task, name) for task in inputs))
+
+    return inputs[0].replace(**{name: stack(name) for name in ("start", "reward_params", "base_policy_params")})
 
 
 @flax.struct.dataclass
@@ -75,7 +89,7 @@ def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
     rows = jax.random.choice(row_rng, size, (settings.num_rollouts,), replace=size < settings.num_rollouts)
     latent = jax.tree.map(lambda x: x[rows], start)
     if settings.resample_latent:
-        stochastic = rssm.sample_stochastic(latent.logits, latent_rng).astype(latent.stochastic.dtype)
+        stochastic = categorical.sample_one_hot(latent.logits, latent_rng).astype(latent.stochastic.dtype)
         latent = latent.replace(stochastic=stochastic)
     return ImaginedState(
         latent=latent,
@@ -104,7 +118,7 @@ def step_chunk(
       rng: one key.
       inputs: world model and reward parameters.
       imagine_step: one step of the world model's prior.
-      reward_rule: judges each latent.
+      reward_rule: judges the latents of a chunk.
       policy_settings: see diffusion_policy; what the reward rule sees of a latent is what the policy sees.
       settings: see the module.
 
@@ -112,19 +126,16 @@ def step_chunk(
       the next state; reward float32 [B]; terminated bool [B]; truncated bool [B]. All zero in episodes already done.
     """
 
-    def body(carry, action_and_rng):
-        latent, count, success = carry
+    def body(latent, action_and_rng):
         stepped = imagine_step(inputs.world_model_params, latent, *action_and_rng)
         # The bank decides the dtypes: a scan's carry may not change them.
         latent = jax.tree.map(lambda new, old: new.astype(old.dtype), stepped, latent)
-        solved, count = reward_rule(
-            inputs.reward_params, diffusion_policy.features(latent, settings=policy_settings), count
-        )
-        return (latent, count, success | solved), None
+        return latent, diffusion_policy.features(latent, settings=policy_settings)
 
     actions = jnp.moveaxis(diffusion_policy.executed(chunk), 1, 0)
-    carry = (state.latent, state.success_count, jnp.zeros_like(state.done))
-    (latent, count, success), _ = lax.scan(body, carry, (actions, jax.random.split(rng, actions.shape[0])))
+    latent, feature = lax.scan(body, state.latent, (actions, jax.random.split(rng, actions.shape[0])))
+    solved, count = reward_rule(inputs.reward_params, feature, state.success_count)  # of a whole chunk at once
+    success = jnp.any(solved, axis=0)
     terminated = success & ~state.done
     truncated = (state.decision == settings.horizon - 1) & ~success & ~state.done
     next_state = ImaginedState(latent, count, state.done | success, state.decision + 1)
@@ -150,7 +161,7 @@ def rollout(
       rng: one key.
       explore: samples as PPO collects, otherwise as evaluation acts.
       imagine_step: one step of the world model's prior.
-      reward_rule: judges each latent.
+      reward_rule: judges the latents of a chunk.
       policy_settings: see diffusion_policy.
       settings: see the module.
     """

@@ -60,7 +60,6 @@ class MetricsWriter:
         os.makedirs(workdir, exist_ok=True)
         kept = _drop_rows(self._path, stage, first_step)
         self.last_row = kept[-1] if kept else {}
-        self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard", stage), purge_step=first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -68,15 +67,14 @@ class MetricsWriter:
         if not self._active:
             return
         row = {"stage": self._stage, "step": step} | {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with open(self._path, "a") as file:  # anew for each row: another stage's writer may have replaced the file
+            file.write(json.dumps(row) + "\n")
         for name, value in scalars.items():
             self._board.add_scalar(name, float(value), step)
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes TensorBoard's files."""
         if self._active:
-            self._file.close()
             self._board.close()
 
 

@@ -23,7 +23,8 @@ def adamw(
       max_gradient_norm: inf does not clip.
       decayed: from the parameters to a tree of bools, which of them decay; None: all.
     """
+    clips = max_gradient_norm < float("inf")
     return optax.chain(
-        optax.clip_by_global_norm(max_gradient_norm),
+        optax.clip_by_global_norm(max_gradient_norm) if clips else optax.identity(),  # their states are alike: empty
         optax.adamw(learning_rate, eps=epsilon, weight_decay=weight_decay, mask=decayed),
     )

@@ -23,7 +23,9 @@ def pmean(tree: Any, axis_name: str | None) -> Any:
 
 
 def step_rng(seed: jax.Array, step: jax.Array, axis_name: str | None) -> jax.Array:
-    """The key of one update on one device: folded from (seed, step, device)."""
+    """The key of one update on one device: folded from (seed, step, device). Seeds [G] give G keys."""
+    if jnp.ndim(seed):
+        return jax.vmap(step_rng, in_axes=(0, None, None))(seed, step, axis_name)
     rng = jax.random.fold_in(jax.random.key(seed), step)
     return rng if axis_name is None else jax.random.fold_in(rng, lax.axis_index(axis_name))
 
@@ -110,7 +112,8 @@ def compile_updates(
         has a field `starts` [D, N, ...], of which each update gets one, and the rest is the bank.
 
     Returns:
-      `run(state, batch, seed, first_step) -> (state, metrics)` with replicated state [D, ...] and metrics [D, N].
+      `run(state, batch, seed, first_step) -> (state, metrics)` with replicated state [D, ...] and metrics [D, N]. An
+      update of G states at once gets seeds [G], and its metrics are [D, N, G].
     """
 
     def run(state, batch, seed, first_step):

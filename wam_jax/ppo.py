@@ -22,6 +22,8 @@ Where this differs from DPPO's code, on purpose:
   * Advantages are normalised once per iteration over all valid decisions of all devices; DPPO does so per minibatch
     (the same where a minibatch is everything, as in the papers).
   * Episodes end at success and are not replaced within an iteration; decisions after the end weigh nothing.
+  * The regulariser's chains begin at the x_F that the base policy drew while collecting, and only the last F steps are
+    drawn anew at every gradient step; DPPO draws all K anew. Each chain has the same distribution, for half the work.
 """
 
 from typing import Any
@@ -67,7 +69,8 @@ class Decisions:
     """Decisions to learn from, in any order."""
 
     feature: Array  # [B, state_dim], [h; z] before the decision
-    chain: Array  # float32 [B, F+1, C, A]
+    chain: Array  # float32 [B, F+1, C, A]; its first entry is the base policy's
+    base_condition: Array  # [B, hidden], of the frozen base policy, for the regulariser
     log_prob: Array  # float32 [B, F], when the chain was drawn
     advantage: Array  # float32 [B], normalised
     value_target: Array  # float32 [B], in scaled reward
@@ -168,7 +171,7 @@ def loss(
     Args:
       params: actor and critic.
       batch: B decisions.
-      base_chain: float32 [B, F+1, C, A], chains of the base policy.
+      base_chain: float32 [B, F+1, C, A], chains of the base policy; not looked at where `bc_weight` is 0.
       policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices that the mean runs over.
 
@@ -182,8 +185,8 @@ def loss(
         return jnp.sum(jnp.where(batch.valid, x, 0.0) * weight)
 
     conditioned = diffusion_policy.condition(params.actor, batch.feature, settings=policy_settings)
-    chains = jnp.stack([batch.chain, base_chain])
-    log_prob, base_log_prob = diffusion_policy.log_prob(params.actor, conditioned, chains, settings=policy_settings)
+    chains = jnp.stack([batch.chain, base_chain] if settings.bc_weight else [batch.chain])
+    log_prob, *base_log_prob = diffusion_policy.log_prob(params.actor, conditioned, chains, settings=policy_settings)
     num_steps = batch.log_prob.shape[1]
     width = clip_width(settings, num_steps)
     advantage = batch.advantage[:, None] * settings.denoising_discount ** jnp.arange(num_steps - 1, -1, -1)
@@ -192,16 +195,18 @@ def loss(
     policy_loss = mean(-jnp.minimum(advantage * ratio, advantage * jnp.clip(ratio, 1 - width, 1 + width)))
     value = critic(settings).apply(params.critic, batch.feature)
     value_loss = mean(0.5 * jnp.square(value - batch.value_target))
-    bc_loss = -mean(base_log_prob)
     metrics = {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
-        "bc_loss": bc_loss,
         "approx_kl": mean(ratio - 1 - log_ratio),
         "clip_fraction": mean((jnp.abs(ratio - 1) > width).astype(jnp.float32)),
         "ratio_error": mean(jnp.abs(ratio - 1)),
     }
-    return policy_loss + settings.value_weight * value_loss + settings.bc_weight * bc_loss, metrics
+    total = policy_loss + settings.value_weight * value_loss
+    if settings.bc_weight:
+        metrics["bc_loss"] = -mean(base_log_prob[0])
+        total = total + settings.bc_weight * metrics["bc_loss"]
+    return total, metrics
 
 
 def _select(condition: Array, new: Any, old: Any) -> Any:
@@ -224,8 +229,9 @@ def _gradient_step(
     axis_name: str | None,
 ) -> tuple[PPOState, Metrics]:
     """One step of both optimisers on one minibatch; the actor's waits until the critic has warmed up."""
-    base = PolicyParams(base_policy_params, base_policy_params)
-    _, base_chain = diffusion_policy.sample(base, batch.feature, rng, explore=True, settings=policy_settings)
+    base_chain = diffusion_policy.redraw(  # the compiler drops it where `bc_weight` is 0
+        base_policy_params, batch.base_condition, batch.chain[:, 0], rng, settings=policy_settings
+    )
     grads, metrics = jax.grad(loss, has_aux=True)(
         state.params, batch, base_chain, policy_settings=policy_settings, settings=settings, axis_name=axis_name
     )
@@ -299,13 +305,20 @@ def update(
 
 
 def prepare(
-    state: PPOState, episodes: Rollout, *, policy_settings: Any, settings: Any, axis_name: str | None = None
+    state: PPOState,
+    episodes: Rollout,
+    base_policy_params: Params,
+    *,
+    policy_settings: Any,
+    settings: Any,
+    axis_name: str | None = None,
 ) -> tuple[Decisions, RewardScale, Metrics]:
     """Turns rollouts into decisions to learn from: scaled rewards, values, advantages and old log-probabilities.
 
     Args:
       state: training state before the update.
       episodes: H decisions of B episodes.
+      base_policy_params: of the frozen base policy.
       policy_settings, settings: see diffusion_policy and the module.
       axis_name: devices that statistics run over.
 
@@ -328,7 +341,8 @@ def prepare(
     )
     conditioned = diffusion_policy.condition(state.params.actor, flat_feature, settings=policy_settings)
     log_prob = diffusion_policy.log_prob(state.params.actor, conditioned, chain, settings=policy_settings)
-    decisions = Decisions(flat_feature, chain, log_prob, normalised, flat_target, valid)
+    base_condition = diffusion_policy.condition(base_policy_params, flat_feature, settings=policy_settings)
+    decisions = Decisions(flat_feature, chain, base_condition, log_prob, normalised, flat_target, valid)
     target_variance = valid_moments(target, episodes.valid, axis_name)[1]
     metrics = {
         "imagined_success": pmean(imagination.success_rate(episodes), axis_name),
@@ -371,7 +385,9 @@ def iteration(
     episodes = imagination.rollout(
         policy, inputs, rollout_rng, explore=True, imagine_step=imagine_step, reward_rule=reward_rule, **static
     )
-    decisions, scale, rollout_metrics = prepare(state, episodes, **static, axis_name=axis_name)
+    decisions, scale, rollout_metrics = prepare(
+        state, episodes, inputs.base_policy_params, **static, axis_name=axis_name
+    )
     state, metrics = update(state, decisions, inputs.base_policy_params, update_rng, **static, axis_name=axis_name)
     state = state.replace(reward_scale=scale, iteration=state.iteration + 1)
     return state, {**rollout_metrics, **metrics}

@@ -17,8 +17,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from wam_jax.networks import rssm
+from wam_jax.networks import categorical, rssm
 from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.types import Array, LatentState, Metrics, Params
@@ -112,7 +113,7 @@ def loss(params: Params, batch: ClassifierBatch, rng: Array, *, settings: Any) -
     """
     latent = batch.latent
     if settings.resample_latent:
-        latent = latent.replace(stochastic=rssm.sample_stochastic(latent.logits, rng))
+        latent = latent.replace(stochastic=categorical.sample_one_hot(latent.logits, rng))
     embedding, logit = network(settings).apply(params, rssm.feature(latent, soft=settings.soft_feature))
     contrastive = contrastive_loss(embedding, batch.label, settings.temperature)
     cross_entropy = jnp.mean(optax.sigmoid_binary_cross_entropy(logit, batch.label))
@@ -188,16 +189,21 @@ def reward_rule(params: Params, feature: Array, count: Array, *, settings: Any) 
 
     Args:
       params: of the classifier.
-      feature: [B, state_dim], the frame after an action.
+      feature: [C, B, state_dim], the frames after C consecutive actions.
       count: int32 [B], positive frames in a row until now; 0 at the start.
       settings: see the module.
 
     Returns:
-      bool [B], whether `settings.consecutive` frames in a row have been positive; and the new count.
+      bool [C, B], whether `settings.consecutive` frames in a row have been positive; and the count after the last.
     """
+
+    def add(count, positive):
+        count = jnp.where(positive, count + 1, 0)
+        return count, count >= settings.consecutive
+
     positive = success_probability(params, feature, settings=settings) > settings.threshold
-    count = jnp.where(positive, count + 1, 0)
-    return count >= settings.consecutive, count
+    count, success = lax.scan(add, count, positive)
+    return success, count
 
 
 def evaluate(params: Params, batch: ClassifierBatch, *, settings: Any) -> Metrics:

@@ -5,10 +5,11 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from wam_jax import metrics as metrics_lib
@@ -84,20 +85,7 @@ def load_finished(template: Any, *, stage: str, workdir: str, settings: dict, nu
         return checkpointer.restore(template, settings)
 
 
-def fit(
-    run: Callable,
-    state: Any,
-    make_batches: Callable[[int], Iterator[Any]],
-    *,
-    stage: str,
-    workdir: str,
-    settings: dict,
-    seed: int,
-    num_steps: int,
-    updates_per_call: int,
-    save_every: int,
-    devices: list[jax.Device],
-) -> Any:
+def fit(run: Callable, state: Any, make_batches: Callable[[int], Iterator[Any]], *, stage: str, **arguments) -> Any:
     """Trains one stage to `num_steps` updates, from its newest checkpoint where there is one.
 
     Args:
@@ -105,13 +93,13 @@ def fit(
       state: the state before the first update, on the host.
       make_batches: `make_batches(first_step)` -> iterator of device-ready batches for `run`.
       stage: name of the stage, e.g. "policy/open_drawer"; checkpoints lie in `workdir/stage`.
-      workdir: folder of the run.
-      settings: the stage's settings, saved beside the state.
-      seed: seed of the updates' randomness.
-      num_steps: updates in total.
-      updates_per_call: updates a dispatch, N; a last shorter call is not made, so num_steps must be divisible by it.
-      save_every: updates between checkpoints.
-      devices: from parallel.local_devices.
+      **arguments: workdir: folder of the run.
+        settings: the stage's settings, saved beside the state.
+        seed: seed of the updates' randomness.
+        num_steps: updates in total.
+        updates_per_call: updates a dispatch, N; a last shorter call is not made, so num_steps must be divisible by it.
+        save_every: updates between checkpoints.
+        devices: from parallel.local_devices.
 
     Returns:
       the final state, on the host.
@@ -121,50 +109,183 @@ def fit(
       FloatingPointError: a metric is not finite; names it and the step.
       KeyboardInterrupt: interrupted, after saving.
     """
+    files = _StageFiles(stage, arguments["workdir"], arguments["settings"])
+    return _fit(files, run, state, make_batches, **arguments)
+
+
+def fit_together(
+    run: Callable, state: Any, make_batches: Callable[[int], Iterator[Any]], *, stages: Sequence[str], **arguments
+) -> Any:
+    """Trains several stages of one shape in one program; each keeps checkpoints and metrics of its own, as from `fit`.
+
+    Args:
+      run: from parallel.compile_updates, of an update that takes and returns G states at once.
+      state: of all stages, stacked: leaves [G, ...].
+      make_batches: as for `fit`.
+      stages: G names; all must stand at the same step.
+      **arguments: as for `fit`, but `seed` int32 [G], one a stage.
+
+    Returns:
+      the final states, stacked, on the host.
+
+    Raises:
+      ValueError: as `fit`; or the stages stand at different steps.
+      FloatingPointError, KeyboardInterrupt: as `fit`.
+    """
+    files = _JointFiles([_StageFiles(stage, arguments["workdir"], arguments["settings"]) for stage in stages])
+    return _fit(files, run, state, make_batches, **arguments)
+
+
+class _StageFiles:
+    """The checkpoints and metrics of one stage."""
+
+    def __init__(self, stage: str, workdir: str, settings: dict):
+        self.stage, self._workdir, self._settings = stage, workdir, settings
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "_StageFiles":
+        self._checkpointer = self._stack.enter_context(
+            contextlib.closing(Checkpointer(f"{self._workdir}/{self.stage}"))
+        )
+        self.step = self._checkpointer.latest_step() or 0
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()  # whatever ends the run, saves under way are finished first
+
+    def restore(self, state: Any) -> Any:
+        return self._checkpointer.restore(state, self._settings)
+
+    def save(self, step: int, state: Any) -> None:
+        self._checkpointer.save(step, state, self._settings)
+
+    def wait(self) -> None:
+        self._checkpointer.wait()
+
+    def open_metrics(self) -> Mapping[str, float]:
+        """Opens the metrics after the restored step; returns the last row of the run before."""
+        active = parallel.is_first_process()
+        writer = metrics_lib.MetricsWriter(self._workdir, self.stage, first_step=self.step, active=active)
+        self._writer = self._stack.enter_context(contextlib.closing(writer))
+        return self._writer.last_row
+
+    def report(self, first_step: int, values: Mapping[str, np.ndarray], seconds: Mapping[str, float]) -> None:
+        """Writes the means of N updates' metrics, [N] each.
+
+        Raises:
+          FloatingPointError: one is not finite.
+        """
+        metrics_lib.check_finite(values, first_step)
+        num_updates = len(next(iter(values.values())))
+        self._writer.write(first_step + num_updates, {**{name: x.mean() for name, x in values.items()}, **seconds})
+
+
+class _JointFiles:
+    """The same of several stages that are trained together: states [G, ...], metrics [N, G]."""
+
+    def __init__(self, parts: Sequence[_StageFiles]):
+        self._parts = parts
+        self.stage = f"{len(parts)} stages, {parts[0].stage} ... {parts[-1].stage}"
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "_JointFiles":
+        for part in self._parts:
+            self._stack.enter_context(part)
+        self.step = self._parts[0].step
+        different = [f"{part.stage} at {part.step}" for part in self._parts if part.step != self.step]
+        if different:
+            self._stack.close()
+            raise ValueError(f"{self._parts[0].stage} stands at step {self.step}, but {', '.join(different)}")
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def restore(self, state: Any) -> Any:
+        restored = [part.restore(_take(state, index)) for index, part in enumerate(self._parts)]
+        return jax.tree.map(lambda *x: np.stack(x), *restored)
+
+    def save(self, step: int, state: Any) -> None:
+        state = jax.device_get(state)
+        for index, part in enumerate(self._parts):
+            part.save(step, _take(state, index))
+
+    def wait(self) -> None:
+        for part in self._parts:
+            part.wait()
+
+    def open_metrics(self) -> Mapping[str, float]:
+        return [part.open_metrics() for part in self._parts][0]
+
+    def report(self, first_step: int, values: Mapping[str, np.ndarray], seconds: Mapping[str, float]) -> None:
+        for index, part in enumerate(self._parts):
+            try:
+                part.report(first_step, {name: x[:, index] for name, x in values.items()}, seconds)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{part.stage}: {error}") from None
+
+
+def _take(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _fit(
+    files: _StageFiles | _JointFiles,
+    run: Callable,
+    state: Any,
+    make_batches: Callable[[int], Iterator[Any]],
+    *,
+    workdir: str,
+    settings: dict,
+    seed: int | np.ndarray,
+    num_steps: int,
+    updates_per_call: int,
+    save_every: int,
+    devices: list[jax.Device],
+) -> Any:
+    del workdir, settings  # `files` has them
     if num_steps % updates_per_call:
-        raise ValueError(f"{stage}: {num_steps} steps are not divisible by updates_per_call={updates_per_call}")
-    with contextlib.ExitStack() as stack:  # whatever ends the run, saves under way are finished first
-        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(f"{workdir}/{stage}")))
-        step = checkpointer.latest_step() or 0
+        raise ValueError(f"{files.stage}: {num_steps} steps are not divisible by updates_per_call={updates_per_call}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files)
+        step = files.step
         if step:
-            state = checkpointer.restore(state, settings)
+            state = files.restore(state)
         if step >= num_steps:
             return state
         if (num_steps - step) % updates_per_call:
             raise ValueError(
-                f"{stage} goes on from step {step} of {num_steps}: the {num_steps - step} that are left are not "
+                f"{files.stage} goes on from step {step} of {num_steps}: the {num_steps - step} that are left are not "
                 f"divisible by updates_per_call={updates_per_call}; take the value that the run began with"
             )
         batches = make_batches(step)  # first: data that are missing leave nothing behind
         stack.callback(getattr(batches, "close", lambda: None))  # ends the loader's threads
         state = parallel.replicate(state, devices)
-        is_first = parallel.is_first_process()
-        writer = stack.enter_context(
-            contextlib.closing(metrics_lib.MetricsWriter(workdir, stage, first_step=step, active=is_first))
-        )
-        progress = stack.enter_context(
-            tqdm(total=num_steps, initial=step, desc=stage, unit="update", smoothing=0.05, disable=not is_first)
-        )
+        clock = _Clock(batches, time.monotonic(), files.open_metrics())
+        progress = tqdm(
+            total=num_steps, initial=step, desc=files.stage, unit="update", smoothing=0.05,
+            disable=not parallel.is_first_process(),
+        )  # fmt: skip
+        stack.enter_context(progress)
         pending, last_saved = None, step
-        clock = _Clock(batches, time.monotonic(), writer.last_row)
         with Interruption() as interruption:
             while step < num_steps and not parallel.any_process(interruption.requested):
                 state, metrics = run(state, next(batches), seed, step)
                 if pending is not None:  # read one dispatch behind, so that the device never waits for the host
-                    _report(writer, progress, *pending, clock)
+                    _report(files, progress, *pending, clock)
                 pending, step = (metrics, step), step + updates_per_call
                 if step - last_saved >= save_every and step < num_steps:
-                    _report(writer, progress, *pending, clock)  # checks it, and no row is lost with a kill
+                    _report(files, progress, *pending, clock)  # checks it, and no row is lost with a kill
                     pending = None
-                    checkpointer.save(step, parallel.unreplicate(state), settings)
+                    files.save(step, parallel.unreplicate(state))
                     last_saved = step
             if pending is not None:
-                _report(writer, progress, *pending, clock)
+                _report(files, progress, *pending, clock)
             state = jax.device_get(parallel.unreplicate(state))
-            checkpointer.save(step, state, settings)
-            checkpointer.wait()
+            files.save(step, state)
+            files.wait()
     if step < num_steps:
-        raise KeyboardInterrupt(f"{stage} saved at step {step}; the same command goes on from there")
+        raise KeyboardInterrupt(f"{files.stage} saved at step {step}; the same command goes on from there")
     return state
 
 
@@ -181,12 +302,9 @@ class _Clock(NamedTuple):
         return {name: value + self.last_row.get(name, 0) for name, value in now.items()}
 
 
-def _report(writer, progress, metrics, first_step, clock):
+def _report(files, progress, metrics, first_step, clock):
     values = metrics_lib.fetch(metrics)
-    metrics_lib.check_finite(values, first_step)
-    num_updates = len(next(iter(values.values())))
-    means = {name: value.mean() for name, value in values.items()}
-    writer.write(first_step + num_updates, means | clock.read())
-    progress.update(num_updates)
-    shown = [name for name in SHOWN if name in means]
-    progress.set_postfix({name: f"{means[name]:.4g}" for name in shown}, refresh=False)
+    files.report(first_step, values, clock.read())
+    progress.update(len(next(iter(values.values()))))
+    shown = {name: f"{values[name].mean():.4g}" for name in SHOWN if name in values}
+    progress.set_postfix(shown, refresh=False)

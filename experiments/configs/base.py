@@ -145,6 +145,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "target_kl": 1.0,  # DPPO
             "reward_clip": 10.0,  # DPPO
             "min_advantage_std": 0.0,  # ours; 1.0 keeps the actor still where nearly all rollouts succeed
+            "tasks_at_once": 1,  # tasks that are fine-tuned as one program; 8 keep an accelerator busier than 1
             "updates_per_call": 1,
             "save_every": 25,
         }

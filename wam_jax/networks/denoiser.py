@@ -32,11 +32,26 @@ def _uniform(inputs: int | None = None) -> nn.initializers.Initializer:
     return init
 
 
+@jax.custom_vjp
 def mish(x: Array) -> Array:
-    """X tanh(softplus(x)) (Misra 2019) by one exponential: with n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2)."""
+    """X tanh(softplus(x)) (Misra 2019) by one exponential: with n = e^x (e^x + 2), tanh(softplus(x)) = n / (n + 2).
+
+    The backward pass keeps x alone and takes the exponential again: reading and writing what lies between costs more.
+    """
     exponential = jnp.exp(jnp.minimum(x, 20.0))  # above, the quotient is 1 in float32
     numerator = exponential * (exponential + 2)
     return x * numerator / (numerator + 2)
+
+
+def _mish_backward(x: Array, gradient: Array) -> tuple[Array]:
+    """With e = e^x, the derivative of n / (n + 2) is 4 e (e + 1) / (n + 2)^2."""
+    exponential = jnp.exp(jnp.minimum(x, 20.0))
+    numerator = exponential * (exponential + 2)
+    share = 1 / (numerator + 2)
+    return (gradient * share * (numerator + 4 * x * exponential * (exponential + 1) * share),)
+
+
+mish.defvjp(lambda x: (mish(x), x), _mish_backward)
 
 
 def time_embedding(step: Array, dim: int) -> Array:
@@ -67,6 +82,25 @@ class ResidualBlock(nn.Module):
         return x + nn.Dense(width, dtype=self.dtype, kernel_init=_uniform())(mish(hidden))
 
 
+class ChunkAndTime(nn.Module):
+    """A linear layer on concat[chunk, time embedding] whose columns are applied apart.
+
+    The time's product has one row a denoising step in place of one a chunk, and no gradient of the chunk is taken.
+    """
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, chunk: Array, time: Array) -> tuple[Array, Array]:
+        """Maps [M, C*A] and [..., time] to their shares of the layer, [M, features] and [..., features]."""
+        shape = (chunk.shape[-1] + time.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        of_chunk, of_time = jnp.split(kernel, [chunk.shape[-1]])
+        return chunk.astype(self.dtype) @ of_chunk, time.astype(self.dtype) @ of_time
+
+
 class Standardize(nn.Module):
     """(x - mean) / std with constants that are set from data before training and get no gradient."""
 
@@ -92,7 +126,7 @@ class Denoiser(nn.Module):
         inputs = self.chunk * specs.ACTION_DIM + self.time_dim + self.state_dim
         self.standardized = Standardize() if self.standardize else lambda state: state
         self.state_in = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=_uniform(inputs))
-        self.chunk_in = nn.Dense(self.hidden_dim, use_bias=False, dtype=self.dtype, kernel_init=_uniform(inputs))
+        self.chunk_in = ChunkAndTime(self.hidden_dim, _uniform(inputs), self.dtype)
         self.time_hidden = nn.Dense(2 * self.time_dim, kernel_init=_uniform())
         self.time_out = nn.Dense(self.time_dim, kernel_init=_uniform())
         self.blocks = [ResidualBlock(self.dtype) for _ in range(self.num_blocks)]
@@ -115,12 +149,9 @@ class Denoiser(nn.Module):
         """
         leading = noisy_chunk.shape[:-2]
         time = self.time_out(mish(self.time_hidden(time_embedding(step, self.time_dim))))
-        time = jnp.broadcast_to(time, (*leading, self.time_dim))
-        chunk_and_time = jnp.concatenate([noisy_chunk.reshape(*leading, -1), time], axis=-1)
-        condition = jnp.broadcast_to(condition, (*leading, self.hidden_dim))
         # Two axes only: with more, XLA's weight gradients on a CPU take several times as long.
-        hidden = self.chunk_in(chunk_and_time.reshape(-1, chunk_and_time.shape[-1]))
-        hidden = hidden + condition.reshape(-1, self.hidden_dim)
+        of_chunk, of_time = self.chunk_in(noisy_chunk.reshape(math.prod(leading), -1), time)
+        hidden = (of_chunk.reshape(*leading, -1) + (condition + of_time)).reshape(of_chunk.shape)
         for block in self.blocks:
             hidden = block(hidden)
         return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)

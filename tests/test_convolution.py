@@ -54,6 +54,7 @@ def test_blocks_of_images_change_nothing():
 
     whole = compute()
     with mock.patch.object(convolution, "BLOCK_NUMBERS", 2 * 3 * 3 * 48):  # two images
+        assert "scan" in str(jax.make_jaxpr(compute)())
         assert_close_to_largest(compute(), whole)
 
 

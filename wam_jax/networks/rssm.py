@@ -15,12 +15,11 @@ import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wam_jax.networks.layers import NormElu, dense
 from wam_jax.networks.recurrence import recurrent_dot
 from wam_jax.types import Array, LatentState
-
-_StraightThroughOneHot = distrax.straight_through_wrapper(distrax.OneHotCategorical)
 
 
 def feature(latent: LatentState, *, soft: bool = False) -> Array:
@@ -37,8 +36,18 @@ def feature(latent: LatentState, *, soft: bool = False) -> Array:
 
 
 def sample_stochastic(logits: Array, rng: Array) -> Array:
-    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V]."""
-    return _StraightThroughOneHot(logits=logits, dtype=jnp.float32).sample(seed=rng)
+    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V].
+
+    One uniform number a latent, looked up in the cumulated probabilities: the usual noise for every class takes a fifth
+    of an imagined step on a CPU (2.6 ms for 50 x 32 x 32, this 0.23; by jnp.cumsum 0.79).
+    """
+    probabilities = jax.nn.softmax(logits)
+    classes = logits.shape[-1]
+    cumulated = jnp.matmul(probabilities, jnp.triu(jnp.ones((classes, classes))), precision="highest")
+    uniform = jax.random.uniform(rng, (*logits.shape[:-1], 1))
+    passed = jnp.sum(cumulated[..., :-1] <= uniform, axis=-1)
+    sample = jax.nn.one_hot(passed, classes)
+    return sample + (probabilities - lax.stop_gradient(probabilities))
 
 
 def categorical_kl(logits_p: Array, logits_q: Array) -> Array:

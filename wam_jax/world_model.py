@@ -21,6 +21,7 @@ import optax
 from jax import lax
 
 from wam_jax import inverse_dynamics, specs
+from wam_jax.networks import recurrence
 from wam_jax.networks.decoder import Decoder
 from wam_jax.networks.encoder import Encoder, normalize_image
 from wam_jax.networks.layers import MLP
@@ -176,12 +177,13 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     projected_action = _rssm(model, params, "project_action", previous_action)
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
 
-    def step(latent, inputs):
-        latent = _posterior_step(model, params, latent, *inputs)
+    def step(rssm_params, latent, inputs, rng):
+        latent = _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, rng)
         return latent, latent
 
-    time_major = (projected_action.swapaxes(0, 1), projected_embedding.swapaxes(0, 1), jax.random.split(rng, length))
-    _, latents = lax.scan(step, initial(model, params, batch_size), time_major)
+    time_major = (projected_action.swapaxes(0, 1), projected_embedding.swapaxes(0, 1))
+    start = initial(model, params, batch_size)
+    _, latents = recurrence.scan(step, params["rssm"], start, time_major, jax.random.split(rng, length))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
 
 

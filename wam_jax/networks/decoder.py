@@ -9,8 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from wam_jax.networks.convolution import ConvTranspose
 from wam_jax.networks.encoder import GRID, PATCH_PIXELS, from_patches
-from wam_jax.networks.layers import dense, xavier
+from wam_jax.networks.layers import dense
 from wam_jax.types import Array
 
 
@@ -25,9 +26,7 @@ class ConvHead(nn.Module):
         x = x[:, None, None, :]
         layers = ((4 * self.depth, 5), (2 * self.depth, 5), (self.depth, 6), (3, 6))
         for i, (channels, kernel) in enumerate(layers):
-            x = nn.ConvTranspose(
-                channels, (kernel, kernel), (2, 2), padding="VALID", dtype=self.dtype, kernel_init=xavier
-            )(x)
+            x = ConvTranspose(channels, kernel, dtype=self.dtype)(x)
             x = nn.elu(x) if i < len(layers) - 1 else x
         return x.astype(jnp.float32)
 

@@ -11,9 +11,10 @@ LAYER_NORM_EPSILON = 1e-3
 xavier = nn.initializers.xavier_uniform()
 
 
-def dense(features: int, dtype: Any, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:
-    """A linear layer computed in `dtype`, parameters float32."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=xavier, name=name)
+def dense(features: int, dtype: Any, *, use_bias: bool = True, name: str | None = None, **options: Any) -> nn.Dense:
+    """A linear layer computed in `dtype`, parameters float32; `options` are those of Flax."""
+    options = {"kernel_init": xavier} | options
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name, **options)
 
 
 class NormElu(nn.Module):

@@ -8,17 +8,18 @@ The products that do not depend on the recurrence (W_a a and W_e e) are methods 
 them for all time steps in one matrix product outside the scan.
 """
 
+import functools
 from typing import Any
 
 import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from wam_jax.networks.layers import NormElu, dense
+from wam_jax.networks.recurrence import recurrent_dot
 from wam_jax.types import Array, LatentState
-
-_StraightThroughOneHot = distrax.straight_through_wrapper(distrax.OneHotCategorical)
 
 
 def feature(latent: LatentState, *, soft: bool = False) -> Array:
@@ -35,14 +36,27 @@ def feature(latent: LatentState, *, soft: bool = False) -> Array:
 
 
 def sample_stochastic(logits: Array, rng: Array) -> Array:
-    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V]."""
-    return _StraightThroughOneHot(logits=logits, dtype=jnp.float32).sample(seed=rng)
+    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V].
+
+    One uniform number a latent, looked up in the cumulated probabilities: the usual noise for every class takes a fifth
+    of an imagined step on a CPU (2.6 ms for 50 x 32 x 32, this 0.23; by jnp.cumsum 0.79).
+    """
+    probabilities = jax.nn.softmax(logits)
+    classes = logits.shape[-1]
+    cumulated = jnp.matmul(probabilities, jnp.triu(jnp.ones((classes, classes))), precision="highest")
+    uniform = jax.random.uniform(rng, (*logits.shape[:-1], 1))
+    passed = jnp.sum(cumulated[..., :-1] <= uniform, axis=-1)
+    sample = jax.nn.one_hot(passed, classes)
+    return sample + (probabilities - lax.stop_gradient(probabilities))
 
 
 def categorical_kl(logits_p: Array, logits_q: Array) -> Array:
     """KL(p || q) in nats between two products of S categoricals: [..., S, V] twice -> [...]."""
     p, q = (distrax.Independent(distrax.Categorical(logits=x), 1) for x in (logits_p, logits_q))
     return p.kl_divergence(q)
+
+
+recurrent_dense = functools.partial(dense, dot_general=recurrent_dot)  # for layers of a step
 
 
 class GRUCell(nn.Module):
@@ -57,10 +71,11 @@ class GRUCell(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array, x: Array) -> Array:
         """Maps hidden [B, D] and input [B, X] to the next hidden state [B, D]."""
-        from_input = dense(3 * self.hidden_dim, self.dtype, name="input")(x)
-        from_hidden = nn.Dense(
-            3 * self.hidden_dim, dtype=self.dtype, kernel_init=nn.initializers.orthogonal(), name="hidden"
-        )(hidden)
+        gates = 3 * self.hidden_dim
+        from_input = recurrent_dense(gates, self.dtype, name="input")(x)
+        from_hidden = recurrent_dense(gates, self.dtype, name="hidden", kernel_init=nn.initializers.orthogonal())(
+            hidden
+        )
         reset_x, update_x, new_x = jnp.split(from_input, 3, axis=-1)
         reset_h, update_h, new_h = jnp.split(from_hidden, 3, axis=-1)
         update = nn.sigmoid(update_x + update_h)
@@ -78,17 +93,17 @@ class RSSM(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.latent_in = dense(self.hidden_dim, self.dtype)
+        self.latent_in = recurrent_dense(self.hidden_dim, self.dtype)
         self.action_in = dense(self.hidden_dim, self.dtype, use_bias=False)
         self.norm_in = NormElu(self.dtype)
         self.gru = GRUCell(self.deterministic_dim, self.dtype)
-        self.prior_hidden = dense(self.hidden_dim, self.dtype)
+        self.prior_hidden = recurrent_dense(self.hidden_dim, self.dtype)
         self.prior_norm = NormElu(self.dtype)
-        self.prior_out = dense(self.num_latents * self.num_classes, self.dtype)
-        self.posterior_hidden = dense(self.hidden_dim, self.dtype)
+        self.prior_out = recurrent_dense(self.num_latents * self.num_classes, self.dtype)
+        self.posterior_hidden = recurrent_dense(self.hidden_dim, self.dtype)
         self.posterior_embedding = dense(self.hidden_dim, self.dtype, use_bias=False)
         self.posterior_norm = NormElu(self.dtype)
-        self.posterior_out = dense(self.num_latents * self.num_classes, self.dtype)
+        self.posterior_out = recurrent_dense(self.num_latents * self.num_classes, self.dtype)
         zeros = nn.initializers.zeros
         self.initial_deterministic = self.param("initial_deterministic", zeros, (self.deterministic_dim,))
         self.initial_stochastic = self.param("initial_stochastic", zeros, (self.num_latents, self.num_classes))

@@ -1,0 +1,73 @@
+"""Convolutions as matrix products are Flax's convolutions: parameters, outputs and gradients."""
+
+from unittest import mock
+
+import flax.linen as nn
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_equal
+
+from wam_jax.networks import convolution
+from wam_jax.networks.layers import xavier
+
+quick_compilation = helpers.quick_compilation
+PLAIN = {convolution.Conv: nn.Conv, convolution.ConvTranspose: nn.ConvTranspose}
+LAYERS = [  # image size, kernel size: every pair of LUMOS' encoder and decoder
+    *((convolution.Conv, size, 4) for size in (64, 31, 14, 6)),
+    *((convolution.ConvTranspose, size, kernel) for size, kernel in ((1, 5), (5, 5), (13, 6), (30, 6))),
+]
+
+
+@pytest.mark.parametrize(("layer", "size", "kernel_size"), LAYERS)
+def test_equals_flax(layer, size, kernel_size):
+    x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
+    fast = layer(4, kernel_size, dtype=jnp.float32)
+    plain = PLAIN[layer](4, (kernel_size,) * 2, (2, 2), padding="VALID", kernel_init=xavier)
+    params = plain.init(jax.random.key(1), x)
+    assert_equal(fast.init(jax.random.key(1), x), params)
+    weight = jax.random.normal(jax.random.key(2), plain.apply(params, x).shape)
+
+    def compute(module):
+        def loss(params, x):
+            y = module.apply(params, x)
+            return (y * weight).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    assert_close_to_largest(compute(fast), compute(plain))
+
+
+def test_blocks_of_images_change_nothing():
+    large, kernel = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(6, 8, 8, 3), (4, 4, 3, 2)])
+    )
+
+    def compute():
+        def loss(large, kernel):
+            small = convolution.convolve(large, kernel)
+            return jnp.sin(convolution.convolve_transposed(small, kernel.swapaxes(2, 3))).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(large, kernel)
+
+    whole = compute()
+    with mock.patch.object(convolution, "BLOCK_NUMBERS", 2 * 3 * 3 * 48):  # two images
+        assert "scan" in str(jax.make_jaxpr(compute)())
+        assert_close_to_largest(compute(), whole)
+
+
+def assert_close_to_largest(found, expected):
+    """Within 1e-5 of the largest entry of each array: sums of float32 in another order."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max()), found, expected)
+
+
+def test_other_backends_keep_the_convolutions_of_xla():
+    x = jnp.zeros((2, 14, 14, 3))
+    with mock.patch.object(convolution, "MATRIX_BACKENDS", ()):
+        program = jax.make_jaxpr(jax.grad(lambda kernel: convolution.convolve(x, kernel).sum()))(
+            jnp.zeros((4, 4, 3, 2))
+        )
+    assert "conv_general_dilated" in str(program)
+    assert "custom_vjp" not in str(program)

@@ -1,0 +1,212 @@
+"""Convolutions of stride 2 without padding, and their transposes, in the form that is fastest on the backend.
+
+Both are one linear map read in two directions. `patches` cuts the large image into the kernel's windows, which the
+kernel as a matrix takes to the small image's channels; the transposed convolution goes back and adds the windows where
+they overlap. Function, parameters and their names are those of Flax's `Conv` and `ConvTranspose`.
+
+XLA's own convolutions are good on accelerators. On a CPU they are good in some directions, and up to 50 times slower
+than a matrix product in others. Measured on one core at LUMOS' sizes, ms an image (a matrix product at 85 GFLOP/s):
+
+    layer           windows -> channels     channels -> windows     gradient of the kernel
+    encoder 2       0.5-0.7   (0.34)        0.6-0.9   (0.34)        0.8-2.0   (0.34)
+    encoder 4       0.25      (0.11)        5.4       (0.11)        0.2       (0.11)
+    decoder 1       3.3       (0.17)        0.6       (0.17)        2.9       (0.17)
+    decoder 2       0.4       (0.27)        0.3       (0.27)        13.5      (0.27)
+    decoder 3       1.2       (0.66)        1.3-1.6   (0.66)        36.5      (0.66)
+    decoder 4       0.3       (0.11)        0.4-0.6   (0.11)        5.7       (0.11)
+
+Not measured elsewhere yet: any other backend than those of MATRIX_BACKENDS takes XLA's convolutions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from wam_jax.networks.layers import xavier
+
+MATRIX_BACKENDS = ("cpu",)
+# Windows of a block of images, which should stay in a cache until they are multiplied; but the sum of the kernel's
+# gradient passes through memory once a block. Both gradients of decoder 3, ms an image: 1.3 with 0.5 million numbers a
+# block, 2.1 with 1.5 million; of encoder 4, with its large kernel, 0.66 and 0.43.
+BLOCK_NUMBERS = 500_000
+
+
+class Conv(nn.Module):
+    """A convolution of stride 2 without padding: [B, S, S, C] -> [B, s, s, features], s = (S - k) // 2 + 1."""
+
+    features: int
+    kernel_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = _parameters(self, x.shape[-1])
+        return convolve(x.astype(self.dtype), kernel) + bias
+
+
+class ConvTranspose(nn.Module):
+    """The transpose of such a convolution: [B, s, s, C] -> [B, S, S, features], S = 2 (s - 1) + k."""
+
+    features: int
+    kernel_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = _parameters(self, x.shape[-1])
+        return convolve_transposed(x.astype(self.dtype), kernel) + bias
+
+
+def _parameters(module, channels: int) -> tuple[Array, Array]:
+    shape = (module.kernel_size, module.kernel_size, channels, module.features)
+    kernel = module.param("kernel", xavier, shape, jnp.float32)
+    bias = module.param("bias", nn.initializers.zeros, (module.features,), jnp.float32)
+    return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+    """[B, S, S, C] and [k, k, C, features] -> [B, s, s, features]."""
+    return _windows_to_channels(x, kernel) if jax.default_backend() in MATRIX_BACKENDS else _xla_convolve(x, kernel)
+
+
+def convolve_transposed(x: Array, kernel: Array) -> Array:
+    """[B, s, s, C] and [k, k, C, features] -> [B, S, S, features]; the kernel's orientation is that of Flax and JAX."""
+    if jax.default_backend() not in MATRIX_BACKENDS:
+        return _xla_convolve_transposed(x, kernel)
+    if x.shape[1] == 1:  # one window, nothing overlaps: a linear layer
+        matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
+        return (x.reshape(x.shape[0], -1) @ matrix).reshape(-1, *kernel.shape[:2], kernel.shape[-1])
+    return _channels_to_windows(x, kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+def _xla_convolve(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _xla_convolve_transposed(x: Array, kernel: Array) -> Array:
+    return lax.conv_transpose(x, kernel, (2, 2), "VALID")
+
+
+# --- Windows ---
+
+
+def patches(image: Array, kernel_size: int) -> Array:
+    """Cuts windows at stride 2: [B, S, S, C] -> [B, s, s, k * k * C], in the order of the kernel [k, k, C, c]."""
+    batch, size, _, channels = image.shape
+    count = (size - kernel_size) // 2 + 1
+    taps = [
+        lax.slice(image, (0, i, j, 0), (batch, i + 2 * count - 1, j + 2 * count - 1, channels), (1, 2, 2, 1))
+        for i in range(kernel_size)
+        for j in range(kernel_size)
+    ]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def overlap_add(small: Array, kernel: Array, size: int) -> Array:
+    """The transpose of a convolution with an even kernel: [B, s, s, c] and [k, k, C, c] -> [B, size, size, C].
+
+    The kernel is taken apart into squares of 2 x 2 taps, which never overlap: what is added are the few shifted images
+    of squares, and the squares become pixels at the end.
+    """
+    batch, count, _, features = small.shape
+    reach, channels = kernel.shape[0] // 2, kernel.shape[2]
+    matrix = kernel.reshape(reach, 2, reach, 2, channels, features).transpose(5, 0, 2, 1, 3, 4).reshape(features, -1)
+    windows = (small.reshape(-1, features) @ matrix).reshape(batch, count, count, reach, reach, 2, 2, channels)
+    squares = jnp.zeros((), small.dtype)
+    for i in range(reach):
+        for j in range(reach):
+            shift = ((0, 0), (i, reach - 1 - i), (j, reach - 1 - j), (0, 0), (0, 0), (0, 0))
+            squares = squares + jnp.pad(windows[:, :, :, i, j], shift)
+    image = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * (count + reach - 1), -1, channels)
+    missing = size - image.shape[1]  # pixels that no window reaches
+    return jnp.pad(image, ((0, 0), (0, missing), (0, missing), (0, 0)))
+
+
+def _by_blocks(function: Callable, images: tuple[Array, ...], kernel: Array, windows: int) -> tuple[Any, Any]:
+    """Calls `function(*images) -> (per image, sum over images)` for blocks of images, so that windows stay in a cache.
+
+    Args:
+      function: either result may be None.
+      images: arrays [B, ...].
+      kernel: [k, k, C, c].
+      windows: of one image.
+    """
+    batch = images[0].shape[0]
+    limit = max(1, max(BLOCK_NUMBERS, 2 * kernel.size) // (windows * math.prod(kernel.shape[:3])))
+    block = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
+    if block == batch:
+        return function(*images)
+    blocks = tuple(x.reshape(-1, block, *x.shape[1:]) for x in images)
+
+    def step(total, block_of_images):
+        mapped, part = function(*block_of_images)
+        return jax.tree.map(jnp.add, total, part), mapped
+
+    _, part = jax.eval_shape(function, *(x[0] for x in blocks))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)
+    total, mapped = lax.scan(step, zero, blocks)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), mapped), total
+
+
+# --- The two directions; small is the image of fewer pixels [B, s, s, c], large the other [B, S, S, C] ---
+
+
+def _spread(small: Array, kernel: Array, size: int) -> Array:
+    def spread(small):
+        return overlap_add(small, kernel, size), None
+
+    return _by_blocks(spread, (small,), kernel, small.shape[1] ** 2)[0]
+
+
+@jax.custom_vjp
+def _windows_to_channels(large: Array, kernel: Array) -> Array:
+    return _xla_convolve(large, kernel)
+
+
+def _windows_to_channels_forward(large, kernel):
+    return _xla_convolve(large, kernel), (large, kernel)
+
+
+def _windows_to_channels_backward(residuals, gradient):
+    large, kernel = residuals
+
+    def kernel_gradient(large, gradient):
+        windows = patches(large, kernel.shape[0])
+        return None, gradient.reshape(-1, gradient.shape[-1]).T @ windows.reshape(-1, windows.shape[-1])
+
+    _, total = _by_blocks(kernel_gradient, (large, gradient), kernel, gradient.shape[1] ** 2)
+    return _spread(gradient, kernel, large.shape[1]), total.T.reshape(kernel.shape)
+
+
+_windows_to_channels.defvjp(_windows_to_channels_forward, _windows_to_channels_backward)
+
+
+@jax.custom_vjp
+def _channels_to_windows(small: Array, kernel: Array) -> Array:
+    if kernel.shape[0] % 2:  # not made of squares; XLA is fast at the one odd layer of LUMOS
+        return _xla_convolve_transposed(small, kernel[::-1, ::-1].swapaxes(2, 3))
+    return _spread(small, kernel, 2 * (small.shape[1] - 1) + kernel.shape[0])
+
+
+def _channels_to_windows_forward(small, kernel):
+    return _channels_to_windows(small, kernel), (small, kernel)
+
+
+def _channels_to_windows_backward(residuals, gradient):
+    small, kernel = residuals
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+
+    def gradients(small, gradient):
+        windows = patches(gradient, kernel.shape[0]).reshape(-1, matrix.shape[0])
+        return (windows @ matrix).reshape(small.shape), small.reshape(-1, small.shape[-1]).T @ windows
+
+    small_gradient, total = _by_blocks(gradients, (small, gradient), kernel, small.shape[1] ** 2)
+    return small_gradient, total.T.reshape(kernel.shape)
+
+
+_channels_to_windows.defvjp(_channels_to_windows_forward, _channels_to_windows_backward)

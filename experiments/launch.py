@@ -7,20 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from experiments import several_processes
 from experiments.configs import base
 from wam_jax import datasets, environments, input_pipeline, json_files, parallel, shards, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes: SLURM, GKE and TPU pods are found")
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where nothing says so")
-flags.DEFINE_integer("num_processes", None, "With --coordinator_address", lower_bound=1)
-flags.DEFINE_integer("process_id", None, "With --coordinator_address: 0 to num_processes - 1", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
@@ -69,7 +65,7 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
-            _connect(trains)
+            several_processes.connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
             run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
         except (ValueError, FloatingPointError, OSError) as error:
@@ -82,32 +78,6 @@ def main(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what cleans up then, cleans up now
     app.run(guarded, flags_parser=parse_flags)
-
-
-def _connect(trains: bool) -> None:
-    """Joins the other processes, where the command line says that there are some; before JAX looks for devices.
-
-    Raises:
-      ValueError: the flags contradict each other, nothing says how to find the others, or this is for one process.
-    """
-    names = "coordinator_address", "num_processes", "process_id"
-    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if len(missing) == len(names) and not _DISTRIBUTED.value:
-        return
-    if not trains:
-        raise ValueError("this binary runs in one process; only those that train run in several")
-    if 0 < len(missing) < len(names):
-        raise ValueError(f"{', '.join(missing)} missing: --{', --'.join(names)} go together")
-    if not missing and given["process_id"] >= given["num_processes"]:
-        raise ValueError(f"--process_id={given['process_id']}; expected less than --num_processes")
-    try:
-        jax.distributed.initialize(**given)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--distributed: {' '.join(str(error).split())}; where no SLURM, GKE or TPU pod is found, give --"
-            + ", --".join(names)
-        ) from error
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

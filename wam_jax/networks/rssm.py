@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wam_jax.networks.categorical import sample_one_hot
 from wam_jax.networks.layers import NormElu, dense
 from wam_jax.networks.recurrence import recurrent_dot
 from wam_jax.types import Array, LatentState
@@ -36,17 +37,9 @@ def feature(latent: LatentState, *, soft: bool = False) -> Array:
 
 
 def sample_stochastic(logits: Array, rng: Array) -> Array:
-    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V].
-
-    One uniform number a latent, looked up in the cumulated probabilities: the usual noise for every class takes a fifth
-    of an imagined step on a CPU (2.6 ms for 50 x 32 x 32, this 0.23; by jnp.cumsum 0.79).
-    """
+    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V]."""
     probabilities = jax.nn.softmax(logits)
-    classes = logits.shape[-1]
-    cumulated = jnp.matmul(probabilities, jnp.triu(jnp.ones((classes, classes))), precision="highest")
-    uniform = jax.random.uniform(rng, (*logits.shape[:-1], 1))
-    passed = jnp.sum(cumulated[..., :-1] <= uniform, axis=-1)
-    sample = jax.nn.one_hot(passed, classes)
+    sample = lax.stop_gradient(sample_one_hot(logits, rng))
     return sample + (probabilities - lax.stop_gradient(probabilities))
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from experiments import launch, workloads
 from experiments.configs import base
 from experiments.workloads import Workload
-from wam_jax import json_files, metrics
+from wam_jax import host_memory, json_files, metrics
 
 _ONLY = flags.DEFINE_list("only", [], "Which workloads; all if not given (on a CPU: without bfloat16 and 50x50)")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if argv[1:]:
             raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        host_memory.keep()
         baseline = {row.key: row for row in load(_BASELINE.value)} if _BASELINE.value else {}
         config = launch.CONFIG.value or base.get_config()
         config.num_devices = _DEVICES.value

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments import several_processes
 from experiments.configs import base
-from wam_jax import datasets, environments, input_pipeline, json_files, parallel, shards, specs, world_model
+from wam_jax import datasets, environments, host_memory, input_pipeline, json_files, parallel, shards, specs, world_model
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
@@ -118,6 +118,7 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    host_memory.keep()
     # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them. JAX reads this once, when it
     # first looks for devices.
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

@@ -7,6 +7,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import make_model, make_state, make_steps
 from jax import lax
 
@@ -23,8 +24,10 @@ def assert_close_to_largest(found, expected):
     )
 
 
-def test_a_transposed_product_is_the_product():
-    x, kernel, weight = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(9, 7), (7, 5), (9, 5)]))
+@pytest.mark.parametrize("rows", [9, 40])
+def test_a_transposed_product_is_the_product(rows):
+    shapes = [(rows, 7), (7, 5), (rows, 5)]
+    x, kernel, weight = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
 
     def compute(dot):
         def loss(x, kernel):

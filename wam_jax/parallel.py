@@ -18,8 +18,9 @@ AXIS_NAME = "devices"
 
 
 def pmean(tree: Any, axis_name: str | None) -> Any:
-    """Averages a tree over the devices; returns it unchanged where `axis_name` is None (no parallelism)."""
-    return tree if axis_name is None else lax.pmean(tree, axis_name)
+    """Averages a tree over the devices; returns it unchanged where there is one, or `axis_name` is None."""
+    alone = axis_name is None or lax.axis_size(axis_name) == 1  # on a CPU, XLA would copy the tree
+    return tree if alone else lax.pmean(tree, axis_name)
 
 
 def step_rng(seed: jax.Array, step: jax.Array, axis_name: str | None) -> jax.Array:

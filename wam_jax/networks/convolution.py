@@ -107,16 +107,22 @@ def patches(image: Array, kernel_size: int) -> Array:
     return jnp.concatenate(taps, axis=-1)
 
 
-def overlap_add(small: Array, kernel: Array, size: int) -> Array:
-    """The transpose of a convolution with an even kernel: [B, s, s, c] and [k, k, C, c] -> [B, size, size, C].
+def overlap_add(small: Array, matrix: Array, size: int, kernel_size: int) -> Array:
+    """The transpose of a convolution with an even kernel: [B, s, s, c] -> [B, size, size, C].
 
     The kernel is taken apart into squares of 2 x 2 taps, which never overlap: what is added are the few shifted images
     of squares, and the squares become pixels at the end.
+
+    Args:
+      small: [B, s, s, c].
+      matrix: [c, k * k * C], from `squares_matrix`.
+      size: pixels of the large image's side.
+      kernel_size: k.
     """
     batch, count, _, features = small.shape
-    reach, channels = kernel.shape[0] // 2, kernel.shape[2]
-    matrix = kernel.reshape(reach, 2, reach, 2, channels, features).transpose(5, 0, 2, 1, 3, 4).reshape(features, -1)
-    windows = (small.reshape(-1, features) @ matrix).reshape(batch, count, count, reach, reach, 2, 2, channels)
+    reach = kernel_size // 2
+    windows = (small.reshape(-1, features) @ matrix).reshape(batch, count, count, reach, reach, 2, 2, -1)
+    channels = windows.shape[-1]
     squares = jnp.zeros((), small.dtype)
     for i in range(reach):
         for j in range(reach):
@@ -125,6 +131,13 @@ def overlap_add(small: Array, kernel: Array, size: int) -> Array:
     image = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * (count + reach - 1), -1, channels)
     missing = size - image.shape[1]  # pixels that no window reaches
     return jnp.pad(image, ((0, 0), (0, missing), (0, missing), (0, 0)))
+
+
+def squares_matrix(kernel: Array) -> Array:
+    """[k, k, C, c] -> [c, k * k * C], the taps in squares; the barrier keeps XLA from doing it in every block."""
+    reach, channels, features = kernel.shape[0] // 2, *kernel.shape[2:]
+    squares = kernel.reshape(reach, 2, reach, 2, channels, features).transpose(5, 0, 2, 1, 3, 4)
+    return lax.optimization_barrier(squares.reshape(features, -1))
 
 
 def _by_blocks(function: Callable, images: tuple[Array, ...], kernel: Array, windows: int) -> tuple[Any, Any]:
@@ -157,8 +170,10 @@ def _by_blocks(function: Callable, images: tuple[Array, ...], kernel: Array, win
 
 
 def _spread(small: Array, kernel: Array, size: int) -> Array:
+    matrix = squares_matrix(kernel)
+
     def spread(small):
-        return overlap_add(small, kernel, size), None
+        return overlap_add(small, matrix, size, kernel.shape[0]), None
 
     return _by_blocks(spread, (small,), kernel, small.shape[1] ** 2)[0]
 

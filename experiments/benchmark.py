@@ -5,7 +5,8 @@ python -m experiments.benchmark --output=docs/benchmarks/FILE.json
 Sizes are the paper's unless --config names others. Each stage's own compiled program runs on made-up inputs. On a CPU,
 seconds of the processor count, which other programs disturb little; `taskset -c 0` in front makes it one core's speed.
 --only picks workloads, by name or by the beginning of what is printed: --only=world_model_update/10x50,bc_update.
---baseline prints ratios against an earlier file.
+--baseline prints ratios against an earlier file. --devices=N lets N devices work together, each on a batch of that
+size: what is printed is weak scaling, and with virtual CPU devices the cost of working together.
 """
 
 import dataclasses
@@ -25,13 +26,14 @@ from experiments.configs import base
 from experiments.workloads import Workload
 from wam_jax import host_memory, json_files, metrics
 
-_ONLY = flags.DEFINE_list("only", [], "Which workloads; all if not given (on a CPU: without bfloat16 and 50x50)")
+_ONLY = flags.DEFINE_list("only", [], "Which workloads; if not given, all that are quick on this device")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
 _BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare with")
 _DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
 _LEAST_CALLS, _MOST_CALLS = 5, 200
-_NOT_ON_CPU = ("bfloat16", "50x50")  # emulated; a minute an update
+# What is left out unless it is asked for. On a CPU: bfloat16 is emulated, a minute an update, a minute an iteration.
+_LEFT_OUT = {"cpu": ("bfloat16", "50x50", "of_tasks"), "others": ("4x50", "10x50")}
 _MATRIX_SIZE = {"cpu": 2048}  # of the matrix product that everything is compared with; elsewhere 8192
 
 
@@ -56,6 +58,7 @@ class Row:
     calls: int
     date: str
     machine: str
+    waiting_s: float | None = None  # for the next batch, in a call; None: nothing is waited for
 
     @property
     def rate(self) -> float:
@@ -92,8 +95,8 @@ def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> 
       ValueError: there is none of that name.
     """
     if not only:
-        slow = _NOT_ON_CPU if jax.default_backend() == "cpu" else ()
-        return {label: case for label, case in cases.items() if not any(part in label for part in slow)}
+        left_out = _LEFT_OUT["cpu" if jax.default_backend() == "cpu" else "others"]
+        return {label: case for label, case in cases.items() if not any(part in label for part in left_out)}
     for name in only:
         if not any((label + "/").startswith(name + "/") for label in cases):
             raise ValueError(f"--only={name}: no workload is called so; there are {', '.join(cases)}")
@@ -124,12 +127,9 @@ def measure(workload: Workload, matmul: float) -> Row:
       workload: what to run.
       matmul: FLOP/s of one device, or of the processor, in a plain matrix product.
     """
-    if workload.feed:
-        feed, compile_s, peak_bytes = workload.feed, 0.0, 0
-        wall, cpu, calls = _time(lambda: jax.block_until_ready(next(feed)))
-    else:
-        call, compile_s, peak_bytes = _compile(workload)
-        wall, cpu, calls = _time(call)
+    waits: list[float] = []
+    call, compile_s, peak_bytes = _compile(workload, waits)
+    wall, cpu, calls = _time(call)
     on_cpu = jax.default_backend() == "cpu"
     seconds = cpu if on_cpu else wall * workload.devices
     return Row(
@@ -150,21 +150,40 @@ def measure(workload: Workload, matmul: float) -> Row:
         calls=calls,
         date=time.strftime("%Y-%m-%d"),
         machine=metrics.machine(),
+        waiting_s=statistics.median(waits[-calls:]) if waits else None,
     )
 
 
-def _compile(workload: Workload) -> tuple[Callable[[], None], float, int]:
-    """Returns what makes a call, the seconds that compilation took, and the bytes that the compiler plans."""
+def _compile(workload: Workload, waits: list[float]) -> tuple[Callable[[], None], float, int]:
+    """Prepares a workload.
+
+    Args:
+      workload: what to run.
+      waits: gets the seconds that each call waits for its batch.
+
+    Returns:
+      what makes a call, the seconds that compilation took, and the bytes that the compiler plans.
+    """
+
+    def fetch():
+        start = time.perf_counter()
+        batch = jax.block_until_ready(next(workload.feed))
+        waits.append(time.perf_counter() - start)
+        return batch
+
+    if workload.program is None:
+        return fetch, 0.0, 0
     start = time.perf_counter()
     compiled = workload.program.lower(*workload.arguments).compile()
     compile_s = time.perf_counter() - start
     plan = compiled.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-    first, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
+    first, second, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
 
     def call() -> None:
         nonlocal first
-        result = jax.block_until_ready(compiled(first, *rest))
+        batch = fetch() if workload.feed else second
+        result = jax.block_until_ready(compiled(first, batch, *rest))
         if workload.carried:
             first = result[0]
 
@@ -211,9 +230,9 @@ def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
     lines = [
         f"{rows[0].machine}, {rows[0].date}",
         "",
-        f"| workload | dtype | batch | length | devices | rate, per {per} | call, ms | GFLOP | share of matmul | "
-        "compile, s | memory, GB |" + (" against baseline |" if baseline else ""),
-        "| --- " * (12 if baseline else 11) + "|",
+        f"| workload | dtype | batch | length | devices | rate, per {per} | call, ms | waiting, ms | GFLOP | "
+        "share of matmul | compile, s | memory, GB |" + (" against baseline |" if baseline else ""),
+        "| --- " * (13 if baseline else 12) + "|",
     ]
     for row in rows:
         seconds = row.cpu_s if per == "CPU s" else row.wall_s
@@ -221,7 +240,8 @@ def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
         name = f"{row.name.replace('_', ' ')} {row.variant}".strip()
         cells = [
             name, row.dtype, row.batch, row.length, row.devices, f"{row.rate:,.4g} {row.unit}",
-            f"{1000 * seconds:,.4g}", f"{row.flops / 1e9:,.4g}" if row.flops else "", share, f"{row.compile_s:.1f}",
+            f"{1000 * seconds:,.4g}", "" if row.waiting_s is None else f"{1000 * row.waiting_s:,.4g}",
+            f"{row.flops / 1e9:,.4g}" if row.flops else "", share, f"{row.compile_s:.1f}",
             f"{row.peak_bytes / 1e9:.3g}",
         ]  # fmt: skip
         if baseline:

@@ -14,7 +14,17 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments import several_processes
 from experiments.configs import base
-from wam_jax import datasets, environments, host_memory, input_pipeline, json_files, parallel, shards, specs, world_model
+from wam_jax import (
+    datasets,
+    environments,
+    host_memory,
+    input_pipeline,
+    json_files,
+    parallel,
+    shards,
+    specs,
+    world_model,
+)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")

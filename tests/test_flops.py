@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import workloads
+from experiments import made_up
 from experiments.configs import base
 from wam_jax import flops, world_model
 
@@ -43,7 +43,7 @@ def test_a_frame_of_the_paper_s_world_model_costs_what_was_counted_by_hand():
     settings = FrozenConfigDict(base.get_config().world_model)
     model = world_model.build(settings)
     params = jax.eval_shape(functools.partial(world_model.init, model), jax.random.key(0))
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, workloads.made_up_steps((2, 10))))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made_up.steps((2, 10))))
     loss = functools.partial(world_model.loss, model=model)
     per_frame = flops.count(loss, params, batch, jax.random.key(0)) / 20
     both = flops.count(jax.grad(loss, has_aux=True), params, batch, jax.random.key(0)) / 20

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+from unittest import mock
 
 import helpers
 import jax
@@ -274,7 +276,7 @@ def test_a_second_interruption_stops_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, 12, make_batches=functools.partial(batches, on_step=on_step), save_every=2)
-    assert latest_step(tmp_path / "toy") == 4
+    assert latest_step(tmp_path / "toy") == 2  # what was saved; that of step 4 would have been begun one call later
 
 
 def test_a_resume_from_an_earlier_checkpoint_repeats_no_row(tmp_path):
@@ -322,6 +324,31 @@ def test_a_half_written_row_costs_no_other_row(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8]
     with open(tmp_path / "metrics.jsonl") as file:
         assert all(json.loads(line) for line in file)
+
+
+def test_no_update_waits_for_a_checkpoint(tmp_path):
+    went_on = threading.Event()
+    save = Checkpointer.save
+
+    def slow_save(checkpointer, step, state, settings):
+        assert went_on.wait(60), "no update was made while the checkpoint was being saved"
+        save(checkpointer, step, state, settings)
+
+    def run(state, batch, seed, step):
+        if step >= 2 * N:  # the checkpoint after N updates is begun when the next N are on their way
+            went_on.set()
+        return COMPILED(state, batch, seed, step)
+
+    with mock.patch.object(Checkpointer, "save", slow_save):
+        helpers.assert_equal(fit(tmp_path, 4 * N, run=run, save_every=N), whole(4 * N))
+
+
+def test_what_goes_wrong_in_saving_ends_the_run(tmp_path):
+    with (
+        mock.patch.object(Checkpointer, "save", side_effect=OSError("disk full")),
+        pytest.raises(OSError, match="full"),
+    ):
+        fit(tmp_path, 8, save_every=N)
 
 
 def test_steps_that_do_not_divide_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The one training loop: resume, N updates a dispatch, metrics one dispatch behind, checkpoints, clean interruption."""
+"""The one training loop: resume, N updates a dispatch, metrics and checkpoints one dispatch behind, interruption."""
 
 import contextlib
 import itertools
@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -267,22 +268,22 @@ def _fit(
             disable=not parallel.is_first_process(),
         )  # fmt: skip
         stack.enter_context(progress)
+        saver = stack.enter_context(_Saver(files))
         pending, last_saved = None, step
         with Interruption() as interruption:
             while step < num_steps and not parallel.any_process(interruption.requested):
                 state, metrics = run(state, next(batches), seed, step)
                 if pending is not None:  # read one dispatch behind, so that the device never waits for the host
-                    _report(files, progress, *pending, clock)
-                pending, step = (metrics, step), step + updates_per_call
-                if step - last_saved >= save_every and step < num_steps:
-                    _report(files, progress, *pending, clock)  # checks it, and no row is lost with a kill
-                    pending = None
-                    files.save(step, parallel.unreplicate(state))
-                    last_saved = step
+                    _finish(files, progress, clock, saver, *pending)
+                first_step, step = step, step + updates_per_call
+                saves = step - last_saved >= save_every and step < num_steps
+                snapshot = parallel.unreplicate(state) if saves else None  # before the next call takes its memory
+                pending, last_saved = (metrics, first_step, snapshot), step if saves else last_saved
             if pending is not None:
-                _report(files, progress, *pending, clock)
+                _finish(files, progress, clock, saver, *pending)
             state = jax.device_get(parallel.unreplicate(state))
-            files.save(step, state)
+            saver.save(step, state)
+            saver.wait()
             files.wait()
     if step < num_steps:
         raise KeyboardInterrupt(f"{files.stage} saved at step {step}; the same command goes on from there")
@@ -302,9 +303,40 @@ class _Clock(NamedTuple):
         return {name: value + self.last_row.get(name, 0) for name, value in now.items()}
 
 
-def _report(files, progress, metrics, first_step, clock):
+class _Saver:
+    """Saves in a thread of its own, one checkpoint after another, so that no update waits for one."""
+
+    def __init__(self, files: _StageFiles | _JointFiles):
+        self._files = files
+        self._last: Future | None = None
+
+    def __enter__(self) -> "_Saver":
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        return self
+
+    def __exit__(self, *_):
+        self._thread.shutdown()  # what is under way is finished first
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to save a state, on the host or a device; errors of the save before it come up here."""
+        self.wait()
+        self._last = self._thread.submit(self._files.save, step, state)
+        if jax.process_count() > 1:  # the processes save in step with each other
+            self.wait()
+
+    def wait(self) -> None:
+        """Blocks until the last save has copied its state; `files.wait` until it is on disk."""
+        if self._last is not None:
+            self._last.result()
+
+
+def _finish(files, progress, clock, saver, metrics, first_step, snapshot):
+    """Reports the updates of one call, and saves the state after them if there is a snapshot of it."""
     values = metrics_lib.fetch(metrics)
-    files.report(first_step, values, clock.read())
-    progress.update(len(next(iter(values.values()))))
+    files.report(first_step, values, clock.read())  # checks them first, so that only good states are saved
+    num_updates = len(next(iter(values.values())))
+    progress.update(num_updates)
     shown = {name: f"{values[name].mean():.4g}" for name in SHOWN if name in values}
     progress.set_postfix(shown, refresh=False)
+    if snapshot is not None:
+        saver.save(first_step + num_updates, snapshot)

@@ -1,0 +1,66 @@
+"""Inputs of the benchmark's workloads: noise of the right shapes, and a dataset of smooth random pictures."""
+
+import atexit
+import functools
+import tempfile
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from wam_jax import rlds, shards, specs
+from wam_jax.types import LatentState, Observation, StepBatch
+
+NUM_EPISODES, EPISODE_STEPS = 16, 200  # of the dataset
+
+
+def steps(shape: tuple[int, ...]) -> StepBatch:
+    """Steps of noise, [*shape, ...]; numpy."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, *shape, specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), np.uint8)
+    robot_obs = rng.normal(size=(*shape, specs.ROBOT_OBS_DIM)).astype(np.float32)
+    scene_obs = rng.normal(size=(*shape, specs.SCENE_OBS_DIM)).astype(np.float32)
+    return StepBatch(
+        observation=Observation(images[0], images[1], robot_obs, scene_obs),
+        action=rng.uniform(-1, 1, (*shape, specs.ACTION_DIM)).astype(np.float32),
+        is_first=np.zeros(shape, bool),
+        is_last=np.zeros(shape, bool),
+        task=np.full(shape, -1, np.int32),
+        reward=np.zeros(shape, np.float32),
+    )
+
+
+@functools.cache
+def dataset() -> str:
+    """Shards of smooth random pictures, which compress about as those of a simulator; gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="benchmark_")
+    atexit.register(folder.cleanup)
+    rng, spec = (
+        np.random.default_rng(0),
+        rlds.DatasetSpec("benchmark", (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2),
+    )
+    shards.start_dataset(folder.name, {})
+
+    def episode(index: int) -> rlds.Episode:
+        noise = steps((EPISODE_STEPS,))
+        coarse = rng.integers(0, 256, (2, EPISODE_STEPS, 16, 16, 3), np.uint8).repeat(4, axis=2).repeat(4, axis=3)
+        observation = noise.observation.replace(rgb_static=coarse[0], rgb_gripper=coarse[1])
+        position = np.arange(EPISODE_STEPS)
+        ends = {"is_first": position == 0, "is_last": position == EPISODE_STEPS - 1}
+        return rlds.Episode(noise.replace(observation=observation, **ends), "made up", str(index))
+
+    lengths = shards.write_shard(folder.name, spec, "train", 0, 1, map(episode, range(NUM_EPISODES)))
+    shards.finish_dataset(folder.name, spec, {"train": [lengths]})
+    return folder.name
+
+
+def uniform(shape: tuple[int, ...]) -> np.ndarray:
+    """Actions and the like, in [-1, 1]: float32 [*shape]."""
+    return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
+
+
+def latents(config: FrozenConfigDict, count: int) -> LatentState:
+    """States of the config's world model, [count, ...]; numpy."""
+    settings, rng = config.world_model, np.random.default_rng(2)
+    logits = rng.normal(size=(count, settings.num_latents, settings.num_classes)).astype(np.float32)
+    deterministic = rng.uniform(-1, 1, (count, settings.deterministic_dim)).astype(np.float32)
+    return LatentState(deterministic, logits, (logits == logits.max(-1, keepdims=True)).astype(np.float32))

@@ -32,8 +32,15 @@ _BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare 
 _DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
 _LEAST_CALLS, _MOST_CALLS = 5, 200
-# What is left out unless it is asked for. On a CPU: bfloat16 is emulated, a minute an update, a minute an iteration.
-_LEFT_OUT = {"cpu": ("bfloat16", "50x50", "of_tasks"), "others": ("4x50", "10x50")}
+# What is left out unless it is asked for: on a CPU what takes a minute a call; elsewhere what would make the whole take
+# more than ten minutes, compilation included.
+_LEFT_OUT = {
+    "cpu": ("bfloat16", "50x50", "of_tasks"),
+    "others": (
+        *("4x50", "10x50", "without_bc", "training/none", "training/memory"),
+        *(f"{name}/float32" for name in ("imagination", "bc_update", "ppo_iteration", "of_tasks", "encoder")),
+    ),
+}
 _MATRIX_SIZE = {"cpu": 2048}  # of the matrix product that everything is compared with; elsewhere 8192
 
 

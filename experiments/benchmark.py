@@ -2,11 +2,12 @@
 
 python -m experiments.benchmark --output=docs/benchmarks/FILE.json
 
-Sizes are the paper's unless --config names others. Each stage's own compiled program runs on made-up inputs. On a CPU,
-seconds of the processor count, which other programs disturb little; `taskset -c 0` in front makes it one core's speed.
+Sizes are the paper's unless --config names others; windows are 4, 10 and 50 of 50 steps. Each stage's own compiled
+program runs on made-up inputs. On a CPU, seconds of the processor count, which other programs disturb little;
+`taskset -c 0` in front makes it one core's speed.
 --only picks workloads, by name or by the beginning of what is printed: --only=world_model_update/10x50,bc_update.
---baseline prints ratios against an earlier file. --devices=N lets N devices work together, each on a batch of that
-size: what is printed is weak scaling, and with virtual CPU devices the cost of working together.
+--baseline prints ratios of rates against an earlier file. --devices=N lets N devices work together, each on a batch of
+that size; with the file of one device as the baseline, that is weak scaling (on a CPU: of items a second of processor).
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ class Row:
     unit: str
     flops: int  # of matrix products and convolutions in a call, over all devices
     share_of_matmul: float | None  # of the devices' rate in a plain matrix product of that dtype
-    peak_bytes: int  # of a device, as the compiler plans them: arguments, results and temporaries
+    peak_bytes: int  # of a device, where it counts them; else as the compiler plans arguments, results and temporaries
     calls: int
     date: str
     machine: str
@@ -74,8 +75,8 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What tells rows of one file apart."""
-        return self.name, self.variant, self.dtype, self.batch, self.length, self.devices
+        """What is the same in two rows that can be compared; the batch is a device's."""
+        return self.name, self.variant, self.dtype, self.batch // self.devices, self.length
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,8 +92,15 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     logging.set_verbosity(logging.WARNING)
-    rows = measure_all(chosen, _OUTPUT.value)
-    print(markdown(rows, baseline))
+    rows: list[Row] = []
+    try:
+        measure_all(chosen, _OUTPUT.value, rows)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {_OUTPUT.value or 'the table above'} holds what was measured")
+    finally:
+        print(markdown(rows, baseline))
 
 
 def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> dict[str, Callable[[], Workload]]:
@@ -110,11 +118,10 @@ def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> 
     return {label: case for label, case in cases.items() if any((label + "/").startswith(name + "/") for name in only)}
 
 
-def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str) -> list[Row]:
-    """Measures one workload after another; what is measured is written at once."""
+def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str, rows: list[Row]) -> None:
+    """Measures one workload after another and adds to `rows`; what is measured is written at once."""
     jax.config.update("jax_enable_compilation_cache", False)
     rates: dict[str, float] = {}
-    rows: list[Row] = []
     for label, case in tqdm(chosen.items(), desc="benchmark", unit="workload", disable=None):
         workload = case()
         if workload.flops and workload.dtype not in rates:
@@ -124,7 +131,6 @@ def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str) -> li
         tqdm.write(f"{label}: {rows[-1].rate:,.4g} {workload.unit}/s", sys.stderr)
         if output:
             json_files.write(output, [dataclasses.asdict(row) for row in rows])
-    return rows
 
 
 def measure(workload: Workload, matmul: float) -> Row:
@@ -137,6 +143,7 @@ def measure(workload: Workload, matmul: float) -> Row:
     waits: list[float] = []
     call, compile_s, peak_bytes = _compile(workload, waits)
     wall, cpu, calls = _time(call)
+    getattr(workload.feed, "close", lambda: None)()  # or its threads would work beside the next workload
     on_cpu = jax.default_backend() == "cpu"
     seconds = cpu if on_cpu else wall * workload.devices
     return Row(
@@ -153,7 +160,7 @@ def measure(workload: Workload, matmul: float) -> Row:
         unit=workload.unit,
         flops=workload.flops,
         share_of_matmul=round(workload.flops / seconds / matmul, 4) if workload.flops else None,
-        peak_bytes=peak_bytes,
+        peak_bytes=(jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak_bytes),
         calls=calls,
         date=time.strftime("%Y-%m-%d"),
         machine=metrics.machine(),
@@ -185,14 +192,14 @@ def _compile(workload: Workload, waits: list[float]) -> tuple[Callable[[], None]
     compile_s = time.perf_counter() - start
     plan = compiled.memory_analysis()
     planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-    first, second, *rest = jax.block_until_ready(jax.device_put(workload.arguments))
+    arguments = list(jax.block_until_ready(jax.device_put(workload.arguments)))
 
     def call() -> None:
-        nonlocal first
-        batch = fetch() if workload.feed else second
-        result = jax.block_until_ready(compiled(first, batch, *rest))
+        if workload.feed:
+            arguments[1] = fetch()
+        result = jax.block_until_ready(compiled(*arguments))
         if workload.carried:
-            first = result[0]
+            arguments[0] = result[0]
 
     return call, compile_s, planned - plan.alias_size_in_bytes
 
@@ -233,6 +240,8 @@ def load(path: str) -> list[Row]:
 
 def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
     """The rows as a table, with ratios of rates where a row of the baseline is of the same kind."""
+    if not rows:
+        return "nothing was measured"
     per = "CPU s" if jax.default_backend() == "cpu" else "s"
     lines = [
         f"{rows[0].machine}, {rows[0].date}",

@@ -1,4 +1,4 @@
-"""Inputs of the benchmark's workloads: noise of the right shapes, and a dataset of smooth random pictures."""
+"""Inputs of the benchmark's workloads: noise of the right shapes, and a dataset of random pictures."""
 
 import atexit
 import functools
@@ -31,7 +31,7 @@ def steps(shape: tuple[int, ...]) -> StepBatch:
 
 @functools.cache
 def dataset() -> str:
-    """Shards of smooth random pictures, which compress about as those of a simulator; gone with the process."""
+    """Shards of pictures of random 4 x 4 squares; gone with the process."""
     folder = tempfile.TemporaryDirectory(prefix="benchmark_")
     atexit.register(folder.cleanup)
     rng, spec = (

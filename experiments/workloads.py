@@ -16,6 +16,8 @@ from wam_jax import imagination as imagination_lib
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
+from wam_jax.networks import recurrence
+from wam_jax.types import StepBatch
 
 WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model update
 NUM_LATENTS, IMAGINED_STEPS = 50, 18 * 4  # of one PPO iteration
@@ -77,7 +79,7 @@ def world_model_update(config: FrozenConfigDict, name: str) -> Workload:
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     num_updates = _updates_per_call(settings, on_cpu=1)
     batch = made_up.steps((len(devices), num_updates, settings.batch_size // len(devices), settings.window_length))
-    update, state, update_flops = _world_model_update(settings, jax.tree.map(lambda x: x[0, 0], batch))
+    update, state, flops_of_one = _world_model_update(settings, jax.tree.map(lambda x: x[0, 0], batch))
     return Workload(
         name=name,
         dtype=settings.compute_dtype,
@@ -89,7 +91,7 @@ def world_model_update(config: FrozenConfigDict, name: str) -> Workload:
         program=parallel.compile_updates(update, devices),
         arguments=(parallel.replicate(state, devices), parallel.shard(batch, devices), 0, 0),
         carried=True,
-        flops=len(devices) * num_updates * update_flops,
+        flops=len(devices) * num_updates * flops_of_one,
     )
 
 
@@ -100,7 +102,7 @@ def training(config: FrozenConfigDict, small: FrozenConfigDict, cache: str) -> W
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     num_updates = _updates_per_call(settings, on_cpu=NUM_FED_UPDATES)
     one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
-    update, state, update_flops = _world_model_update(settings, one)
+    update, state, flops_of_one = _world_model_update(settings, one)
     batches, cut = _batches(settings, len(devices), num_updates, cache)
     return Workload(
         name="training",
@@ -115,7 +117,7 @@ def training(config: FrozenConfigDict, small: FrozenConfigDict, cache: str) -> W
         arguments=(parallel.replicate(state, devices), next(batches), 0, 0),
         feed=batches,
         carried=True,
-        flops=len(devices) * num_updates * update_flops,
+        flops=len(devices) * num_updates * flops_of_one,
     )
 
 
@@ -146,8 +148,19 @@ def _world_model_update(settings, one: Any = None) -> tuple[Callable, Any, int]:
     model = world_model.build(settings)
     state = jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0))
     update = functools.partial(world_model.update, model=model)
-    count = 0 if one is None else flops.count(update, state, one, jax.random.key(0))
-    return functools.partial(update, axis_name=parallel.AXIS_NAME), state, count
+    return (
+        functools.partial(update, axis_name=parallel.AXIS_NAME),
+        state,
+        0 if one is None else update_flops(settings, one),
+    )
+
+
+def update_flops(settings, batch: StepBatch) -> int:
+    """FLOPs of one update of the world model; rows that only fill registers up are no work."""
+    model = world_model.build(settings)
+    state = jax.eval_shape(functools.partial(world_model.create_state, model), jax.random.key(0))
+    with recurrence.plain_products():
+        return flops.count(functools.partial(world_model.update, model=model), state, batch, jax.random.key(0))
 
 
 def imagination(config: FrozenConfigDict) -> Workload:
@@ -236,8 +249,8 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
         batch=config.ppo.num_rollouts,
         length=settings.horizon,
         devices=len(devices),
-        items=1,
-        unit="iterations",
+        items=num_tasks * config.ppo.num_rollouts * settings.horizon,
+        unit="decisions",
         program=parallel.compile_updates(program, devices, num_updates=1),
         arguments=(parallel.replicate(state, devices), parallel.replicate(inputs, devices), seed, 0),
         carried=True,
@@ -376,7 +389,7 @@ def _tables():
 
 
 def _changed(config: FrozenConfigDict, section: str, **changes) -> FrozenConfigDict:
-    changed = ConfigDict(config)
+    changed = ConfigDict(config.to_dict())  # of the frozen one itself, it would share its sections with others
     with changed.unlocked():
         changed[section].update(changes)
     return FrozenConfigDict(changed)

@@ -2,8 +2,13 @@
 
 import helpers
 import pytest
+import smoke_config
+from ml_collections import FrozenConfigDict
 
+from experiments import benchmark, workloads
 from wam_jax import json_files
+
+quick_compilation = helpers.quick_compilation
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +51,36 @@ def test_an_earlier_file_gives_ratios(output):
 def test_what_is_not_known_is_named(flag, message):
     done = run(flag)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("world_model_update/4x50/float32", "imagination/bfloat16", "bc_update/float32", "encoder/float32"),
+        *("dispatch", "training/device", "training/none"),
+        *("ppo_iteration_without_bc/float32", "ppo_iteration_of_tasks/float32"),
+        *("input_pipeline/device", "input_pipeline/memory", "playtable_render"),
+    ],
+)
+def test_workloads_run_call_after_call(label, monkeypatch):
+    config = smoke_config.get_config()
+    config.world_model.update(kind="conv", encoder_width=2, decoder_width=2, window_length=4)
+    monkeypatch.setattr(workloads, "_quickstart", lambda config, devices: config)
+    monkeypatch.setattr(benchmark, "_time", lambda call: (call(), call(), (1.0, 1.0, 1))[-1])
+    row = benchmark.measure(workloads.cases(FrozenConfigDict(config))[label](), matmul=1e12)
+    name, *rest = label.split("/")
+    assert name.startswith(row.name) and min(row.items, row.calls) > 0
+    assert row.dtype == ("uint8" if name == "input_pipeline" else "bfloat16" if "bfloat16" in rest else "float32")
+    fed = name == "training" or label == "input_pipeline/memory"
+    assert (row.waiting_s is not None) == fed
+    assert (row.share_of_matmul is not None) == (row.flops > 0)
+
+
+def test_devices_are_compared_by_the_batch_of_one():
+    row = dict(
+        name="x", variant="", dtype="float32", length=1, compile_s=0.0, wall_s=1.0, cpu_s=1.0, unit="rows", flops=0,
+        share_of_matmul=None, peak_bytes=0, calls=5, date="", machine="test (cpu)",
+    )  # fmt: skip
+    one, eight = (benchmark.Row(**row, batch=4 * n, devices=n, items=3 * n) for n in (1, 8))
+    assert one.key == eight.key
+    assert benchmark.markdown([eight], {one.key: one}).splitlines()[-1].endswith("| 8.00 |")

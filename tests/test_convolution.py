@@ -6,7 +6,6 @@ import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from helpers import assert_equal
 
@@ -37,7 +36,7 @@ def test_equals_flax(layer, size, kernel_size):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    assert_close_to_largest(compute(fast), compute(plain))
+    helpers.assert_close_to_largest(compute(fast), compute(plain))
 
 
 def test_blocks_of_images_change_nothing():
@@ -55,12 +54,7 @@ def test_blocks_of_images_change_nothing():
     whole = compute()
     with mock.patch.object(convolution, "BLOCK_NUMBERS", 2 * 3 * 3 * 48):  # two images
         assert "scan" in str(jax.make_jaxpr(compute)())
-        assert_close_to_largest(compute(), whole)
-
-
-def assert_close_to_largest(found, expected):
-    """Within 1e-5 of the largest entry of each array: sums of float32 in another order."""
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max()), found, expected)
+        helpers.assert_close_to_largest(compute(), whole)
 
 
 def test_other_backends_keep_the_convolutions_of_xla():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import made_up
+from experiments import made_up, workloads
 from experiments.configs import base
 from wam_jax import flops, world_model
 
@@ -49,6 +49,14 @@ def test_a_frame_of_the_paper_s_world_model_costs_what_was_counted_by_hand():
     both = flops.count(jax.grad(loss, has_aux=True), params, batch, jax.random.key(0)) / 20
     assert per_frame == pytest.approx(382e6, rel=0.03)  # encoder 137, RSSM 26, decoder 219 (LUMOS)
     assert both == pytest.approx(3 * per_frame, rel=0.05)
+
+
+@pytest.mark.parametrize("windows", [4, 10, 50])
+def test_rows_that_only_fill_registers_up_are_not_counted(windows):
+    settings = FrozenConfigDict(base.get_config().world_model)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made_up.steps((windows, 2))))
+    per_frame = workloads.update_flops(settings, batch) / (2 * windows)
+    assert per_frame == pytest.approx(1.13e9, rel=0.005)
 
 
 def test_a_loop_of_unknown_length_is_refused():

@@ -25,6 +25,7 @@ from wam_jax import (
     ppo,
     rlds,
     success_classifier,
+    training,
     world_model,
 )
 
@@ -42,9 +43,9 @@ def first_state():
     return {"x": np.arange(3, dtype=np.float32), "count": np.int32(0)}
 
 
-def slices(devices, num_updates, size=8):
+def slices(devices, num_updates, size=8, seed=0):
     """The same data for every number of devices: [D, N, size / D, 3]."""
-    data = np.random.default_rng(0).normal(size=(num_updates, len(devices), size // len(devices), 3))
+    data = np.random.default_rng(seed).normal(size=(num_updates, len(devices), size // len(devices), 3))
     return jnp.asarray(data.swapaxes(0, 1), jnp.float32)
 
 
@@ -78,6 +79,27 @@ def check_world_model_update_is_the_same_on_1_and_8_devices():
     assert max(jax.tree.leaves(moved)) > 1e-4
     helpers.assert_close(eight_metrics, one_metrics, rtol=1e-3)
     helpers.assert_close(eight.params, one.params, rtol=0, atol=1e-6)
+
+
+def check_a_run_goes_on_with_another_number_of_devices():
+    def update(state, batch, rng):
+        del rng
+        gradient = parallel.pmean(batch.mean(axis=0) - state["x"], parallel.AXIS_NAME)
+        return {"x": state["x"] + 0.1 * gradient, "count": state["count"] + 1}, {"loss": state["x"].sum()}
+
+    def train(workdir, num_devices, num_steps):
+        devices = parallel.local_devices(num_devices)
+        return training.fit(
+            parallel.compile_updates(update, devices), first_state(),
+            lambda step: (slices(devices, 2, seed=n) for n in range(step, 100, 2)), stage="toy", workdir=workdir,
+            settings={}, seed=0, num_steps=num_steps, updates_per_call=2, save_every=2, devices=devices,
+        )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(f"{folder}/changed", 8, 4)
+        changed = train(f"{folder}/changed", 1, 8)
+        helpers.assert_close(changed, train(f"{folder}/one", 1, 8), rtol=1e-6)
+    assert changed["count"] == 8
 
 
 def check_noise_differs_between_devices_and_steps_and_repeats():

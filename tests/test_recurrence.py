@@ -3,10 +3,10 @@
 import functools
 from unittest import mock
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from helpers import make_model, make_state, make_steps
 from jax import lax
@@ -15,13 +15,6 @@ from wam_jax import world_model
 from wam_jax.networks import recurrence
 
 quick_compilation = helpers.quick_compilation
-
-
-def assert_close_to_largest(found, expected):
-    """Within 1e-5 of the largest entry of each array: sums of float32 in another order."""
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max() + 1e-7), found, expected
-    )
 
 
 @pytest.mark.parametrize("rows", [9, 40])
@@ -41,7 +34,7 @@ def test_a_transposed_product_is_the_product(rows):
             jax.make_jaxpr(functools.partial(recurrence.recurrent_dot, dimension_numbers=()))(x, kernel)
         )
         found = compute(recurrence.recurrent_dot)
-    assert_close_to_largest(found, compute(lax.dot_general))
+    helpers.assert_close_to_largest(found, compute(lax.dot_general))
 
 
 def test_the_scan_with_late_gradients_is_a_scan():
@@ -60,4 +53,21 @@ def test_the_scan_with_late_gradients_is_a_scan():
     def plain(step, params, carry, inputs, keys):
         return lax.scan(lambda carry, x: step(params, carry, *x), carry, (inputs, keys))
 
-    assert_close_to_largest(compute(recurrence.scan), compute(plain))
+    helpers.assert_close_to_largest(compute(recurrence.scan), compute(plain))
+
+
+def test_a_layer_that_is_called_twice_in_a_step_is_refused():
+    layer = nn.Dense(3)
+    params = layer.init(jax.random.key(0), jnp.zeros((2, 3)))["params"]
+
+    def step(params, carry, x, key):
+        bound = layer.bind({"params": params})
+        carry = bound(bound(carry + x))
+        return carry, carry
+
+    def loss(params):
+        keys = jax.random.split(jax.random.key(0), 4)
+        return recurrence.scan(step, params, jnp.ones((2, 3)), jnp.ones((4, 2, 3)), keys)[0].sum()
+
+    with pytest.raises(ValueError, match="called twice in a step"):
+        jax.grad(loss)(params)

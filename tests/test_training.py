@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from unittest import mock
 
 import helpers
@@ -343,12 +344,23 @@ def test_no_update_waits_for_a_checkpoint(tmp_path):
         helpers.assert_equal(fit(tmp_path, 4 * N, run=run, save_every=N), whole(4 * N))
 
 
-def test_what_goes_wrong_in_saving_ends_the_run(tmp_path):
-    with (
-        mock.patch.object(Checkpointer, "save", side_effect=OSError("disk full")),
-        pytest.raises(OSError, match="full"),
-    ):
-        fit(tmp_path, 8, save_every=N)
+def test_what_goes_wrong_in_saving_ends_the_run_soon(tmp_path):
+    made = []
+
+    def run(state, batch, seed, step):
+        made.append(step)
+        time.sleep(0.02)
+        return COMPILED(state, batch, seed, step)
+
+    with mock.patch.object(Checkpointer, "save", side_effect=OSError("full")), pytest.raises(OSError, match="full"):
+        fit(tmp_path, 200, run=run, save_every=100)
+    assert made[-1] < 150
+
+
+def test_a_broken_number_does_not_hide_that_saving_failed(tmp_path):
+    broken = functools.partial(batches, broken_at=6)
+    with mock.patch.object(Checkpointer, "save", side_effect=OSError("full")), pytest.raises(OSError, match="full"):
+        fit(tmp_path, 12, make_batches=broken, save_every=4)
 
 
 def test_steps_that_do_not_divide_are_named(tmp_path):

@@ -202,8 +202,9 @@ def make_batches(
       start_step: the update to start with.
       num_devices: D, of this process; 0 means all it has.
       updates_per_dispatch: N, updates that one batch is for.
-      cache: "memory" decodes every episode once, before the first batch; "none" reads and decodes each window from
-        disk. Both give the same batches.
+      cache: "none" reads and decodes each window from disk; "memory" decodes every episode once, before the first
+        batch; "mmap" maps raw files, made once for all runs; "device" keeps all frames on the devices (one process
+        only). All give the same windows.
       process_index: of this process.
       process_count: how many processes share each batch, in disjoint parts.
       prefetch: batches held ready on the devices.

@@ -4,6 +4,7 @@ It lies beside the shards, in `raw-SPLIT/`: one npy file for each field of a ste
 step), and `source.json`, which names the shards that it was made from.
 """
 
+import fcntl
 import os
 import shutil
 import uuid
@@ -98,10 +99,18 @@ def _build(folder: Path, directory: str | Path, split: str) -> None:
             first += length
         jax.tree.map(lambda file: file.flush(), files)
         json_files.write(temporary / SOURCE_FILE, _source(directory))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        _publish(temporary, folder, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path, directory: str | Path) -> None:
+    """Gives a finished cache its name, unless another process has been faster."""
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(folder, directory):
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
 
 
 def _copy(files: StepBatch, steps: StepBatch, where: slice) -> None:

@@ -273,6 +273,7 @@ def _fit(
         with Interruption() as interruption:
             while step < num_steps and not parallel.any_process(interruption.requested):
                 state, metrics = run(state, next(batches), seed, step)
+                saver.check()
                 if pending is not None:  # read one dispatch behind, so that the device never waits for the host
                     _finish(files, progress, clock, saver, *pending)
                 first_step, step = step, step + updates_per_call
@@ -316,9 +317,15 @@ class _Saver:
 
     def __exit__(self, *_):
         self._thread.shutdown()  # what is under way is finished first
+        self.check()  # raised with the error under way as its context
+
+    def check(self) -> None:
+        """Raises the error of the last save, if it has failed."""
+        if self._last is not None and self._last.done():
+            self._last.result()
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to save a state, on the host or a device; errors of the save before it come up here."""
+        """Begins to save a state, on the host or a device, after the save before it."""
         self.wait()
         self._last = self._thread.submit(self._files.save, step, state)
         if jax.process_count() > 1:  # the processes save in step with each other

@@ -151,7 +151,10 @@ def imagine_step(model: WorldModel, params: Params, latent: LatentState, action:
 
     z is sampled; with `settings.soft_prior` it is the prior's probabilities, its expectation, and `rng` has no effect.
     """
-    projected_action = _rssm(model, params, "project_action", action)
+    return _prior_step(model, params, latent, _rssm(model, params, "project_action", action), rng)
+
+
+def _prior_step(model, params, latent, projected_action, rng) -> LatentState:
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     logits = _rssm(model, params, "prior_logits", hidden)
     soft = model.settings.soft_prior
@@ -201,10 +204,11 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
     """
 
     def step(latent, inputs):
-        latent = imagine_step(model, params, latent, *inputs)
+        latent = _prior_step(model, params, latent, *inputs)
         return latent, latent
 
-    _, latents = lax.scan(step, latent, (action.swapaxes(0, 1), jax.random.split(rng, action.shape[1])))
+    projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
+    _, latents = lax.scan(step, latent, (projected_action, jax.random.split(rng, action.shape[1])))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
 
 

@@ -3,7 +3,8 @@
 A step of the RSSM multiplies a few rows (the batch) by kernels that fill a cache, so time goes into moving kernels.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,24 @@ COLUMNS = 16
 LARGE_KERNEL = 2**19  # numbers; smaller ones lie in the nearer caches
 
 
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_products() -> Iterator[None]:
+    """Programs that are traced in this context take all products as they stand: for counting their operations."""
+    global _plain
+    _plain = True
+    try:
+        yield
+    finally:
+        _plain = False
+
+
 def recurrent_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """`lax.dot_general` for the linear layers of a step, rows times kernel: [B, X] and [X, Y] -> [B, Y]."""
     in_loop = x.ndim == 2 and x.shape[0] in ROWS and kernel.size >= LARGE_KERNEL
-    if in_loop and jax.default_backend() in TRANSPOSED_BACKENDS:
+    if in_loop and not _plain and jax.default_backend() in TRANSPOSED_BACKENDS:
         return transposed_dot(x, kernel)
     return lax.dot_general(x, kernel, dimension_numbers, **options)
 
@@ -94,8 +109,9 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, keys: jax.Array)
         others, carry, inputs, shifts = backward_of_steps(gradient)
         gradients = {path: jnp.zeros_like(kernel) for path, kernel in kernels.items()}
         for path, x in layer_inputs.items():  # a shift's gradient is its product's
-            product = x.reshape(-1, x.shape[-1]).T @ shifts[path].reshape(-1, shifts[path].shape[-1])
-            gradients[*path, "kernel"] = product.astype(jnp.float32)
+            rows = [array.reshape(-1, array.shape[-1]) for array in (x, shifts[path])]
+            product = lax.dot_general(*rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            gradients[*path, "kernel"] = product
         return _merge(gradients, others), carry, inputs, None
 
     run.defvjp(forward, backward)
@@ -121,6 +137,8 @@ def _tapped(step, params, carry, inputs, key, shifts):
         if not isinstance(context.module, nn.Dense):
             return output
         path = context.module.path
+        if path in tapped:
+            raise ValueError(f"{'/'.join(path)} is called twice in a step; its gradient would be that of one call")
         tapped[path] = (args[0], output)
         return output + shifts[path] if shifts else output
 

@@ -5,14 +5,18 @@ python -m experiments.benchmark --output=docs/benchmarks/FILE.json
 Sizes are the paper's unless --config names others; windows are 4, 10 and 50 of 50 steps. Each stage's own compiled
 program runs on made-up inputs. On a CPU, seconds of the processor count, which other programs disturb little;
 `taskset -c 0` in front makes it one core's speed.
---only picks workloads, by name or by the beginning of what is printed: --only=world_model_update/10x50,bc_update.
+--only picks workloads, by whole parts of what is printed: --only=world_model_update/10x50,bc_update. It also picks what
+is else left out on the device, such as bfloat16 on a CPU.
 --baseline prints ratios of rates against an earlier file. --devices=N lets N devices work together, each on a batch of
 that size; with the file of one device as the baseline, that is weak scaling (on a CPU: of items a second of processor).
 """
 
 import dataclasses
+import os
+import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,7 +29,7 @@ from tqdm import tqdm
 from experiments import launch, workloads
 from experiments.configs import base
 from experiments.workloads import Workload
-from wam_jax import host_memory, json_files, metrics
+from wam_jax import json_files, metrics
 
 _ONLY = flags.DEFINE_list("only", [], "Which workloads; if not given, all that are quick on this device")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
@@ -84,23 +88,36 @@ def main(argv: Sequence[str]) -> None:
     try:
         if argv[1:]:
             raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-        host_memory.keep()
+        launch.before_devices()
         baseline = {row.key: row for row in load(_BASELINE.value)} if _BASELINE.value else {}
         config = launch.CONFIG.value or base.get_config()
         config.num_devices = _DEVICES.value
-        chosen = choose(workloads.cases(FrozenConfigDict(config)), _ONLY.value)
+        chosen = choose(workloads.cases(FrozenConfigDict(config)), [name for name in _ONLY.value if name])
+        if _OUTPUT.value:
+            _check_writable(_OUTPUT.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     logging.set_verbosity(logging.WARNING)
     rows: list[Row] = []
     try:
-        measure_all(chosen, _OUTPUT.value, rows)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+        failed = measure_all(chosen, _OUTPUT.value, rows)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted; {_OUTPUT.value or 'the table above'} holds what was measured")
-    finally:
-        print(markdown(rows, baseline))
+        failed = ["interrupted: the table holds what was measured before"]
+    print(markdown(rows, baseline))
+    if failed:
+        print("\n".join(failed), file=sys.stderr)
+        sys.exit(130 if failed[0].startswith("interrupted") else 1)
+
+
+def _check_writable(path: str) -> None:
+    """Raises an OSError where a file cannot be written, before there is anything to lose."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"--output={path} is a folder; name a file in it")
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> dict[str, Callable[[], Workload]]:
@@ -118,19 +135,29 @@ def choose(cases: Mapping[str, Callable[[], Workload]], only: Sequence[str]) -> 
     return {label: case for label, case in cases.items() if any((label + "/").startswith(name + "/") for name in only)}
 
 
-def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str, rows: list[Row]) -> None:
-    """Measures one workload after another and adds to `rows`; what is measured is written at once."""
+def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str, rows: list[Row]) -> list[str]:
+    """Measures one workload after another and adds to `rows`; what is measured is written at once.
+
+    Returns:
+      one line for each workload that failed, for want of memory, say.
+    """
+    failed: list[str] = []
     jax.config.update("jax_enable_compilation_cache", False)
     rates: dict[str, float] = {}
     for label, case in tqdm(chosen.items(), desc="benchmark", unit="workload", disable=None):
-        workload = case()
-        if workload.flops and workload.dtype not in rates:
-            rates[workload.dtype] = matmul_rate(workload.dtype)
-            tqdm.write(f"matrix product, {workload.dtype}: {rates[workload.dtype] / 1e9:,.0f} GFLOP/s", sys.stderr)
-        rows.append(measure(workload, rates.get(workload.dtype, 0)))
+        try:
+            workload = case()
+            if workload.flops and workload.dtype not in rates:
+                rates[workload.dtype] = matmul_rate(workload.dtype)
+                tqdm.write(f"matrix product, {workload.dtype}: {rates[workload.dtype] / 1e9:,.0f} GFLOP/s", sys.stderr)
+            rows.append(measure(workload, rates.get(workload.dtype, 0)))
+        except Exception as error:  # whatever a compiler or a device says to one workload; the others go on
+            failed.append(f"error: {label}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
         tqdm.write(f"{label}: {rows[-1].rate:,.4g} {workload.unit}/s", sys.stderr)
         if output:
             json_files.write(output, [dataclasses.asdict(row) for row in rows])
+    return failed
 
 
 def measure(workload: Workload, matmul: float) -> Row:
@@ -233,9 +260,14 @@ def load(path: str) -> list[Row]:
       ValueError: it is not one.
     """
     try:
-        return [Row(**row) for row in json_files.read(path, "give a file that --output wrote")]
+        rows = [Row(**row) for row in json_files.read(path, "give a file that --output wrote")]
     except TypeError as error:
-        raise ValueError(f"{path} is no output of this benchmark: {error}") from error
+        raise ValueError(
+            f"{path} is no list of rows as --output writes it; it was written by something else"
+        ) from error
+    if not all(min(row.cpu_s, row.wall_s, row.items) > 0 for row in rows):
+        raise ValueError(f"{path} has a row without items or seconds; measure it anew")
+    return rows
 
 
 def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:

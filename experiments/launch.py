@@ -128,11 +128,7 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    host_memory.keep()
-    # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them. JAX reads this once, when it
-    # first looks for devices.
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    before_devices()
     check(config)
     if parallel.is_first_process():  # it writes for all
         _lock(workdir)
@@ -142,6 +138,14 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     if parallel.is_first_process():
         _check_workdir(config, workdir)
     return FrozenConfigDict(config)
+
+
+def before_devices() -> None:
+    """What must be set before JAX first looks for devices."""
+    host_memory.keep()
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def check(config: ConfigDict) -> None:

@@ -45,6 +45,7 @@ def test_an_earlier_file_gives_ratios(output):
     [
         ("--only=playtable", "error: --only=playtable: no workload is called so; there are world_model_update/4x50/"),
         ("--baseline=nowhere.json", "error: [Errno 2] No such file or directory: 'nowhere.json'"),
+        ("--output=/proc/benchmark/rows.json", "error: [Errno 2] No such file or directory: '/proc/benchmark'"),
         ("--devices=99", "error: num_devices=99, but this host has 1"),
     ],
 )
@@ -84,3 +85,15 @@ def test_devices_are_compared_by_the_batch_of_one():
     one, eight = (benchmark.Row(**row, batch=4 * n, devices=n, items=3 * n) for n in (1, 8))
     assert one.key == eight.key
     assert benchmark.markdown([eight], {one.key: one}).splitlines()[-1].endswith("| 8.00 |")
+
+
+def test_one_workload_that_fails_costs_only_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_time", lambda call: (call(), (1.0, 1.0, 1))[-1])
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    rows, path = [], str(tmp_path / "rows.json")
+    failed = benchmark.measure_all({"first": fails, "playtable_render": workloads.playtable_render}, path, rows)
+    assert failed == ["error: first: RuntimeError: out of memory"]
+    assert [row.name for row in rows] == ["playtable_render"] and benchmark.load(path) == rows

@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 from experiments import made_up, workloads
 from experiments.configs import base
 from wam_jax import flops, world_model
+from wam_jax.networks.decoder import ConvHead, Decoder
 
 
 def repeated(x, w):
@@ -57,6 +58,21 @@ def test_rows_that_only_fill_registers_up_are_not_counted(windows):
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, made_up.steps((windows, 2))))
     per_frame = workloads.update_flops(settings, batch) / (2 * windows)
     assert per_frame == pytest.approx(1.13e9, rel=0.005)
+
+
+def test_the_decoder_computes_what_its_heads_share_once():
+    decoder, head = Decoder("conv", 4, 32), ConvHead(4, jnp.float32)
+    feature, shared = jnp.ones((3, 20)), jnp.ones((3, 32))
+    of_decoder, of_head = (
+        flops.count(module.apply, jax.eval_shape(module.init, jax.random.key(0), x), x)
+        for module, x in ((decoder, feature), (head, shared))
+    )
+    assert of_decoder == 2 * of_head + 2 * feature.size * 32
+
+
+def test_an_iteration_of_ppo_costs_what_was_counted_by_hand():
+    iteration = workloads.ppo_iteration_without_bc(FrozenConfigDict(base.get_config()))
+    assert iteration.flops == pytest.approx(477e9, rel=0.005)  # docs/performance.md
 
 
 def test_a_loop_of_unknown_length_is_refused():

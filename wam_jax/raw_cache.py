@@ -7,7 +7,7 @@ step), and `source.json`, which names the shards that it was made from.
 import fcntl
 import os
 import shutil
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,21 @@ def load(directory: str | Path, split: str) -> StepBatch:
       OSError: the cache cannot be written.
     """
     folder = Path(directory) / f"raw-{split}"
+    lengths = datasets.episode_lengths(directory, split)
     if not _is_current(folder, directory):
-        _build(folder, directory, split)
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:  # one process builds, others wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_current(folder, directory):
+                _build(folder, directory, split, lengths)
+
+    def read(path: Path, field: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = np.load(path, mmap_mode="r")
+        if (values.shape, values.dtype) != (field.shape, field.dtype):
+            raise ValueError(f"{path.name} holds {values.dtype} {values.shape}, not {field.dtype} {field.shape}")
+        return values
+
     try:
-        return jax.tree.map(lambda path: np.load(path, mmap_mode="r"), _paths(folder))
+        return jax.tree.map(read, _paths(folder), field_shapes((sum(lengths),)))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}); delete it, it is then made anew") from error
 
@@ -80,11 +91,11 @@ def _paths(folder: Path) -> StepBatch:
     return jax.tree.map(lambda name: folder / name, names)
 
 
-def _build(folder: Path, directory: str | Path, split: str) -> None:
+def _build(folder: Path, directory: str | Path, split: str, lengths: Sequence[int]) -> None:
     """Decodes every episode into new files, under a temporary name until all is there."""
-    lengths = datasets.episode_lengths(directory, split)
     source = datasets.Episodes(datasets.open_builder(directory, split), split)
-    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     temporary.mkdir()
     try:
         files = jax.tree.map(
@@ -99,18 +110,10 @@ def _build(folder: Path, directory: str | Path, split: str) -> None:
             first += length
         jax.tree.map(lambda file: file.flush(), files)
         json_files.write(temporary / SOURCE_FILE, _source(directory))
-        _publish(temporary, folder, directory)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, folder: Path, directory: str | Path) -> None:
-    """Gives a finished cache its name, unless another process has been faster."""
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_current(folder, directory):
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
 
 
 def _copy(files: StepBatch, steps: StepBatch, where: slice) -> None:

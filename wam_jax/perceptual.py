@@ -114,7 +114,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def _scaled_rows(features: np.ndarray) -> np.ndarray:
     """[n, d] -> X [min(n, d), d] with X' X their covariance."""
-    return np.linalg.qr((features - features.mean(axis=0)) / np.sqrt(len(features) - 1), mode="r")
+    rows = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 # --- Files ---

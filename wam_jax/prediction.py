@@ -12,7 +12,7 @@ import scipy.stats
 from skimage import metrics as image_metrics
 
 from wam_jax import datasets, input_pipeline, world_model
-from wam_jax.types import Array, LatentState, Observation, Params, StepBatch
+from wam_jax.types import Array, Observation, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
 SPLIT = "validation"
@@ -97,7 +97,7 @@ def _open_loop(model: WorldModel, context: int) -> Callable:
         def one(embedding, action, rng):
             observe_rng, imagine_rng = jax.random.split(rng)
             posterior = world_model.observe(model, params, embedding[None], action[None, :context], observe_rng)
-            start: LatentState = jax.tree.map(lambda x: x[:, -1], posterior)
+            start = jax.tree.map(lambda x: x[:, -1], posterior)
             imagined = world_model.imagine(model, params, start, action[None, context - 1 :], imagine_rng)
             return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1)[0], posterior, imagined)
 

@@ -32,6 +32,7 @@ setup(
         "orbax-checkpoint",
         "pillow",
         "psutil",
+        "scikit-image",
         "scipy",
         "tensorboardX",
         "tensorflow-datasets",

@@ -32,7 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, che
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
 _LOCKS: list = []  # open lock files, for as long as the process lives
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
-_LEAST = {"window_length": 2, "time_dim": 4} | dict.fromkeys(
+_LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2} | dict.fromkeys(
     ("seed", "num_devices", "max_start_step", "critic_warmup", "warmup_steps"), 0
 )
 _MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number
@@ -51,6 +51,7 @@ _FREE = (
     ".updates_per_call",
     ".save_every",
     ".cache",
+    ".prediction.",  # read by evaluate_prediction alone, which notes its values
 )
 
 

@@ -2,6 +2,7 @@
 
 python -m experiments.print_table runs/quickstart [runs/another ...]
 python -m experiments.print_table --pool_seeds runs/seed_0 runs/seed_1
+python -m experiments.print_table --table=prediction runs/dreamer_v2 runs/wam
 """
 
 import collections
@@ -11,8 +12,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from wam_jax import cli, tables
+from wam_jax import cli, prediction_tables, tables
 
+_TABLE = flags.DEFINE_enum(
+    "table", "success", ("success", "prediction"), "Success of policies, or quality of the world model's predictions"
+)
 _POOL_SEEDS = flags.DEFINE_bool("pool_seeds", False, "Add up runs of one config that differ in their seed")
 
 
@@ -20,6 +24,10 @@ def main(argv: Sequence[str]) -> None:
     """Prints a Markdown table of the rows of every workdir named."""
     if not argv:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
+    if _TABLE.value == "prediction":
+        predictions = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in argv}
+        print(prediction_tables.markdown(predictions))
+        return
     runs = {workdir: tables.load(os.path.join(workdir, "table.json")) for workdir in argv}
     print(tables.markdown(combine(runs, pool_seeds=_POOL_SEEDS.value)))
 

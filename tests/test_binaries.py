@@ -153,6 +153,25 @@ def test_a_table_of_several_runs(chain, tmp_path):
     assert "| open drawer |" in done.stdout
 
 
+def test_predictions_are_measured_and_printed(chain):
+    workdir = chain.workdir
+    measured = run("evaluate_prediction", workdir).stdout
+    assert "| PSNR, dB (up) | both |" in measured
+    assert {path.name for path in workdir.glob("prediction*")} == {
+        "prediction.json", "prediction.png", "prediction_horizon.png",
+    }  # fmt: skip
+    done = helpers.run_python("-m", "experiments.print_table", "--table=prediction", str(workdir))
+    assert (done.stdout, done.returncode) == (measured, 0)
+
+
+def test_print_architecture_sets_configs_side_by_side():
+    configs = [f"tests/smoke_config.py{method}" for method in ("", ":dreamer_v2")]
+    done = helpers.run_python("-m", "experiments.print_architecture", *configs, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"| {' | '.join(configs)} | paper | public code, counted |" in done.stdout
+    assert "| inverse dynamics | " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [((), "name at least one workdir"), (("nowhere",), "no table nowhere")]
 )

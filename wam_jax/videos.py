@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from wam_jax import specs, world_model
-from wam_jax.types import Array, LatentState, Observation, Params
+from wam_jax import prediction, specs
+from wam_jax.types import Array, Observation, Params
 from wam_jax.world_model import WorldModel
 
 CAPTION_HEIGHT = 22  # pixels
@@ -33,22 +32,9 @@ def open_loop(
       predicted images (static, gripper), uint8 [T + 1, 64, 64, 3]: reconstructions of the context, then predictions;
       with `soft_prior` from expected z, which blurs what is uncertain (the decoder is trained on samples).
     """
-    return jax.device_get(_open_loop(model, context)(params, observation, jnp.asarray(action), rng))
-
-
-def _open_loop(model: WorldModel, context: int):
-    @jax.jit
-    def predict(params, observation, action, rng):
-        observe_rng, imagine_rng = jax.random.split(rng)
-        seen = jax.tree.map(lambda x: jnp.asarray(x)[None, :context], observation)
-        embedding = world_model.embed(model, params, seen)
-        posterior = world_model.observe(model, params, embedding, action[None, :context], observe_rng)
-        start: LatentState = jax.tree.map(lambda x: x[:, -1], posterior)
-        imagined = world_model.imagine(model, params, start, action[None, context - 1 :], imagine_rng)
-        film = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1)[0], posterior, imagined)
-        return world_model.decode(model, params, film)
-
-    return predict
+    frames, actions = jax.tree.map(lambda x: np.asarray(x)[None], (observation, action))
+    static, gripper = prediction.open_loop(model, params, frames, actions, rng[None], context=context)
+    return static[0], gripper[0]
 
 
 def side_by_side(observation: Observation, predicted: tuple[Array, Array], *, context: int, scale: int = 3) -> list:
@@ -86,6 +72,31 @@ def episode(observation: Observation, text: str, *, scale: int = 3) -> list:
     """
     both = np.concatenate([observation.rgb_static, observation.rgb_gripper], axis=2)
     return [_caption(_enlarge(image, scale), (text,)) for image in both]
+
+
+def strip(
+    observation: Observation, predicted: tuple[Array, Array], steps: Sequence[int], *, context: int, scale: int = 2
+) -> np.ndarray:
+    """Lays out some frames of windows in rows, each camera's real ones above its predicted ones.
+
+    Args:
+      observation: real frames [B, T, ...].
+      predicted: images (static, gripper), uint8 [B, T, 64, 64, 3].
+      steps: after the context; 0 is the last frame that was seen.
+      context: number of frames the model was shown.
+      scale: screen pixels per image pixel.
+
+    Returns:
+      one image uint8 [h, w, 3].
+    """
+    rows = []
+    for number in range(len(observation.rgb_static)):
+        for real, guess in zip((observation.rgb_static, observation.rgb_gripper), predicted, strict=True):
+            for name, images in (("real", real), ("predicted", guess)):
+                row = [_enlarge(np.asarray(images[number, context - 1 + step]), scale) for step in steps]
+                captions = [f"{name}, seen" if step == 0 else f"{name} +{step}" for step in steps]
+                rows.append(_caption(np.concatenate(row, axis=1), captions))
+    return np.concatenate(rows)
 
 
 def _enlarge(image: np.ndarray, scale: int) -> np.ndarray:

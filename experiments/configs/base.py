@@ -159,4 +159,13 @@ def get_config(method: str = "wam") -> ConfigDict:
             "video_task": "open_drawer",
         }
     )
+    config.prediction = ConfigDict(
+        {
+            "num_windows": 100,  # WAM, of the play's validation split
+            "horizon": 50,  # WAM, open-loop steps
+            "context": 1,  # WAM, real frames before them
+            "batch_size": 10,  # windows at once; bounds the memory
+            "seed": 2000,  # of the windows: the same for every method
+        }
+    )
     return config.lock()

@@ -64,7 +64,7 @@ def _calibration(record: dict[str, Any]):
             _calibration_point(axis, point, starts, f"C{tasks.index(point.task)}")
         all_points = record["summary"][starts]["all"]
         axis.set(
-            title=f"{_TITLES[starts]}\nPearson {_interval(all_points['pearson'])}",
+            title=f"{_TITLES[starts]}\nPearson {diagnosis_tables.interval(all_points['pearson'])}",
             xlabel="success imagined", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
         )  # fmt: skip
     axes[0].set_ylabel("success outside")
@@ -101,11 +101,11 @@ def _classifier(record: dict[str, Any]):
         axis.bar(place, _numbers(frames), 0.25, label="frames, this policy's episodes")
         axis.bar(place + 0.27, _numbers(rule), 0.25, yerr=np.transpose(spans), label="rule, this policy's episodes")
         axis.set(title=key, ylim=(0, 1.05))
-    axes[0].legend(fontsize=7, loc="lower left")
-    alarms = [unit["rule"]["false_alarms_per_episode"] for unit in units.values()]
-    spans = [_span(alarm, "value") for alarm in alarms]
-    axes[2].bar(place, [alarm["value"] for alarm in alarms], 0.5, yerr=np.transpose(spans), color="tab:red")
-    axes[2].set(title="false alarms of the rule, an episode", ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    alarms = [unit["rule"]["episodes_with_false_alarms"] for unit in units.values()]
+    spans = [_span(alarm, "share") for alarm in alarms]
+    axes[2].bar(place, _numbers([alarm["share"] for alarm in alarms]), 0.5, yerr=np.transpose(spans), color="tab:red")
+    axes[2].set(title="share of episodes with false alarms of the rule", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(place, [name.replace("_", " ") for name in names], rotation=60, ha="right", fontsize=7)
     return figure
@@ -176,10 +176,6 @@ def _span(figures: dict[str, Any], key: str) -> tuple[float, float]:
     """Distances from a value to the ends of its interval, for error bars."""
     value, low, high = (0.0 if figures[k] is None else figures[k] for k in (key, "low", "high"))
     return max(value - low, 0.0), max(high - value, 0.0)
-
-
-def _interval(figures: dict[str, Any]) -> str:
-    return diagnosis_tables.interval(figures)
 
 
 _DRAWINGS: dict[str, Callable[[dict[str, Any]], Any]] = {

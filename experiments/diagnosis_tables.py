@@ -84,18 +84,20 @@ def _calibration(record: dict[str, Any]) -> str:
 
 def _classifier(record: dict[str, Any]) -> str:
     header = ["task / policy", "precision: play, held out", "here", "rule", "recall: play, held out", "here", "rule",
-              "fires on failures", "false alarms an episode", "delay, steps"]  # fmt: skip
+              "fires on failures", "false alarms an episode", "episodes with some",
+              "delay, steps"]  # fmt: skip
     rows = []
     for name, unit in record["units"].items():
         data, frames, rule = unit["data"].get("held_out", {}), unit["frames"], unit["rule"]
         columns = [(data.get(key), frames[key], rule[key]["share"]) for key in ("precision", "recall")]
-        failures = rule["fires_on_failures"]
+        failures, alarms = rule["fires_on_failures"], rule["episodes_with_false_alarms"]
         rows.append(
             [
                 name,
                 *(_percent(value) for column in columns for value in column),
                 f"{failures['count']} of {failures['of']}",
                 interval(rule["false_alarms_per_episode"]),
+                f"{alarms['count']} of {alarms['of']} [{_percent(alarms['low'])}, {_percent(alarms['high'])} %]",
                 _number(rule["delay"], 0),
             ]
         )

@@ -124,6 +124,7 @@ def test_a_classifier_that_always_fires_has_one_false_alarm_an_episode(monkeypat
     # Of the third episode, frame 2 is solved: a rule of two frames begins to fire there rightly.
     false = {1: 3, 2: 2}[consecutive]
     assert rule["false_alarms_per_episode"]["value"] == pytest.approx(false / 3)
+    assert rule["episodes_with_false_alarms"]["count"] == false
     assert rule["precision"]["count"] == 3 - false and rule["recall"]["share"] == 1
 
 

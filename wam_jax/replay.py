@@ -105,6 +105,7 @@ def classifier_quality(params: Params, features: Array, solved: np.ndarray, *, s
             "precision": _counted(first_is_true, has_fired),
             "recall": _counted(has_fired, succeeded),
             "fires_on_failures": _counted(has_fired, ~succeeded),
+            "episodes_with_false_alarms": _counted(alarms > 0, np.ones(len(alarms), bool)),
             "false_alarms_per_episode": {"value": float(alarms.mean()), "low": float(low[0]), "high": float(high[0])},
             "delay": float(np.median(delays)) if len(delays) else None,
         },

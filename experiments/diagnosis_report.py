@@ -93,7 +93,7 @@ def _classifier(record: dict[str, Any]):
     figure, axes = plt.subplots(1, 3, figsize=(5 + 0.9 * len(names), 5), constrained_layout=True)
     place = np.arange(len(names))
     for axis, key in zip(axes, ("precision", "recall"), strict=False):
-        held_out = [unit["data"].get("held_out", {}).get(key) for unit in units.values()]
+        held_out = [diagnosis_tables.held_out(unit).get(key) for unit in units.values()]
         frames = [unit["frames"][key] for unit in units.values()]
         rule = [unit["rule"][key]["share"] for unit in units.values()]
         spans = [_span(unit["rule"][key], "share") for unit in units.values()]
@@ -135,23 +135,30 @@ def _open_loop(record: dict[str, Any]):
 
 
 def _divergence(record: dict[str, Any]):
-    names = list(record["units"])
+    """A row for each task; for each of its policies hand and mechanism side by side."""
+    tasks: dict[str, list[str]] = {}
+    for name in record["units"]:
+        tasks.setdefault(name.partition("/")[0], []).append(name)
+    shape = len(tasks), 2 * max(map(len, tasks.values()))
     figure, axes = plt.subplots(
-        2, len(names), figsize=(3.4 * len(names), 6.5), constrained_layout=True, squeeze=False, sharex=True
+        *shape, figsize=(4 * shape[1], 0.6 + 2.6 * shape[0]), constrained_layout=True, squeeze=False, sharex=True
     )
-    for column, name in enumerate(names):
-        unit = record["units"][name]
-        for group, figures in unit["groups"].items():
-            for row, what in enumerate(("hand", "mechanism")):
-                for kind, style in (("imagined", "-"), ("filtered", ":")):
-                    _error_line(axes[row, column], figures, what, kind, color=_COLOURS[group], linestyle=style)
-        axes[0, column].set(title=name.replace("_", " "), ylim=(0, None))
-        axes[1, column].set(xlabel="step", ylabel=f"{unit['mechanism']} ({unit['unit']})", ylim=(0, None))
-    axes[0, 0].set_ylabel("hand (cm)")
+    for row, names in zip(axes, tasks.values(), strict=True):
+        for place, name in enumerate(names):
+            unit, pair = record["units"][name], row[2 * place : 2 * place + 2]
+            for group, figures in unit["groups"].items():
+                for axis, what in zip(pair, ("hand", "mechanism"), strict=True):
+                    for kind, style in (("imagined", "-"), ("filtered", ":")):
+                        _error_line(axis, figures, what, kind, color=_COLOURS[group], linestyle=style)
+            title = name.replace("_", " ")
+            pair[0].set(title=title, ylabel="error of the hand (cm)", ylim=(0, None))
+            pair[1].set(title=title, ylabel=f"error of the {unit['mechanism']} ({unit['unit']})", ylim=(0, None))
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
     handles = [plt.Line2D([], [], color=colour) for colour in _COLOURS.values()]
     handles += [plt.Line2D([], [], color="black", linestyle=style) for style in ("-", ":")]
     labels = ["real successes", "real failures", "imagined, same actions", "filter that sees every frame"]
-    axes[0, 0].legend(handles, labels, fontsize=7)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 

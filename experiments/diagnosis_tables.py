@@ -27,6 +27,12 @@ def interval(figures: dict[str, Any], digits: int = 2) -> str:
     return f"{_number(figures['value'], digits)} [{ends}]"
 
 
+def held_out(unit: dict[str, Any]) -> dict[str, float]:
+    """The classifier's figures on held-out play; none where no attempt there succeeded."""
+    figures = unit["data"].get("held_out", {})
+    return figures if figures.get("success_share") else {}
+
+
 def _ladder(records: dict[str, dict[str, Any]]) -> str:
     """From success outside to success imagined, step by step: which step loses how much."""
     points = records.get("calibration", {}).get("units", {})
@@ -88,7 +94,7 @@ def _classifier(record: dict[str, Any]) -> str:
               "delay, steps"]  # fmt: skip
     rows = []
     for name, unit in record["units"].items():
-        data, frames, rule = unit["data"].get("held_out", {}), unit["frames"], unit["rule"]
+        data, frames, rule = held_out(unit), unit["frames"], unit["rule"]
         columns = [(data.get(key), frames[key], rule[key]["share"]) for key in ("precision", "recall")]
         failures, alarms = rule["fires_on_failures"], rule["episodes_with_false_alarms"]
         rows.append(
@@ -170,8 +176,8 @@ def _divergence(record: dict[str, Any]) -> str:
         [
             "## Where imagination and the environment part",
             "Real episodes, and the actions that were executed in them imagined from their first frame. Errors of the "
-            f"hand in cm, while the episode runs; the hands part where imagination and filter decode places "
-            f"{PARTING:g} cm apart. Then the reward rule on imagination beside the oracle: it alone fires "
+            f"hand in cm, while the episode runs; the hands part where imagination and filter from then on decode "
+            f"places {PARTING:g} cm apart. Then the reward rule on imagination beside the oracle: it alone fires "
             "(made up), it never does (missed), it fires early or late. ![curves](divergence.png)",
             _table(header, rows),
         ]

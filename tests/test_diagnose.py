@@ -141,7 +141,7 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     steps, columns = 20, probes.STATE[-1].stop
     state = np.zeros((5, steps, columns))
     imagined = state.copy()
-    imagined[:, 10:, 0] = 7.0  # cm of the hand, from step 11 on
+    imagined[:, 10:, 0] = imagined[:, :2, 0] = 7.0  # cm of the hand, from step 11 on, and in the first two
     solved, fires = np.zeros((2, 5, steps), bool)
     solved[0, 4:] = solved[1, 15:] = solved[2, 15:] = True  # at steps 5, 16, 16; the others fail
     fires[0, 7:] = fires[1, 2:] = fires[3, 8:] = True  # on time (4 in a row), early, never, made up, rightly never
@@ -158,7 +158,7 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     assert success["disagreement"] == {"episodes": 2, "of": 3, "median_step": 9.5}  # steps 3 and 16
     assert success["parting"] == {"episodes": 2, "of": 3, "median_step": 11}  # the first has ended before
     hand = failure["errors"]["hand"]
-    assert hand["imagined"]["mean"] == [0] * 10 + [7] * 10 and hand["filtered"]["mean"] == [0] * steps
+    assert hand["imagined"]["mean"] == [7] * 2 + [0] * 8 + [7] * 10 and hand["filtered"]["mean"] == [0] * steps
     assert np.isnan(success["errors"]["mechanism"]["imagined"]["mean"][16:]).all()
 
 

@@ -148,8 +148,8 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
       slack: steps that the rule may fire earlier or later than that without disagreeing.
 
     Returns:
-      for "success" and "failure": errors by step while the episode runs, the step at which the hands part, and the
-      first step at which rule and oracle disagree. Besides, the successes of all episodes by oracle, by the
+      for "success" and "failure": errors by step while the episode runs, the step at which the hands part for good, and
+      the first step at which rule and oracle disagree. Besides, the successes of all episodes by oracle, by the
       rule on the real frames, and by the rule on imagined ones.
     """
     real, rule = first_true(replay.solved), first_true(replay.imagined_fires)
@@ -167,7 +167,7 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
         for name, quantity in (("hand", hand), ("mechanism", mechanism))
     }
     apart = np.sqrt(probes.squared_error(decoded["imagined"], decoded["filtered"], [hand])[..., 0])
-    parted = first_true((apart > PARTING) & running)
+    parted = first_true(_for_good(apart > PARTING, running))
     return {
         "episodes": len(real),
         "real": int(succeeded.sum()),
@@ -214,6 +214,12 @@ def disagreement(real: np.ndarray, rule: np.ndarray, *, consecutive: int, slack:
     conditions = [(real == _NEVER) & (rule == _NEVER), real == _NEVER, rule == _NEVER, apart < -slack, apart > slack]
     kinds = np.select(conditions, ["agree", "made up", "missed", "early", "late"], "agree")
     return kinds, np.where(kinds == "agree", _NEVER, np.minimum(real, rule))
+
+
+def _for_good(flags: np.ndarray, running: np.ndarray) -> np.ndarray:
+    """Where a flag holds from that step on as long as the episode runs; bool [B, T]."""
+    kept = np.logical_and.accumulate((flags | ~running)[:, ::-1], axis=1)[:, ::-1]
+    return kept & running
 
 
 def _curve(errors: np.ndarray) -> dict[str, list[float]]:

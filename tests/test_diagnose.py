@@ -9,7 +9,7 @@ import pytest
 import smoke_config
 from ml_collections import FrozenConfigDict
 
-from experiments import diagnose, diagnoses
+from experiments import diagnose, diagnoses, diagnosis_report
 from wam_jax import calibration, intervals, open_loop, probes, replay, specs, success_classifier
 from wam_jax.calibration import Point
 
@@ -181,6 +181,34 @@ def test_mistakes_are_named(changes, only, message):
     options = diagnoses.Options(**{**OPTIONS.__dict__, **changes})
     with pytest.raises(ValueError, match=re.escape(message)):
         diagnose.check(CONFIG, options, only)
+
+
+def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(monkeypatch, tmp_path):
+    done, episodes = [], {"num_episodes": 3}
+
+    def units(config, workdir, options):
+        return {name: lambda name=name: measure(name) for name in ("a", "b")}
+
+    def measure(name):
+        if name == "b" and done == ["a"]:
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append(name)
+        return {"name": name, "share": float("nan")}
+
+    drawn = {}
+    monkeypatch.setattr(diagnoses, "PARTS", {"classifier": units})
+    monkeypatch.setattr(diagnoses, "settings", lambda *arguments: episodes)
+    monkeypatch.setattr(diagnosis_report, "draw", lambda part, record, path: drawn.update(record["units"]))
+    monkeypatch.setattr(diagnosis_report, "write_summary", lambda directory, left_out: "told")
+    with pytest.raises(KeyboardInterrupt):
+        diagnose.run(CONFIG, str(tmp_path), OPTIONS)
+    for _ in range(2):
+        assert diagnose.run(CONFIG, str(tmp_path), OPTIONS) == "told"
+    assert done == ["a", "killed", "b"] and list(drawn) == ["a", "b"] and drawn["a"]["share"] is None
+    episodes["num_episodes"] = 2
+    with pytest.raises(ValueError, match="made with num_episodes=3, not 2; take that value, or delete it"):
+        diagnose.run(CONFIG, str(tmp_path), OPTIONS)
 
 
 def test_imagination_of_a_context_begins_where_the_filter_is():

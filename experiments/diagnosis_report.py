@@ -105,7 +105,7 @@ def _classifier(record: dict[str, Any]):
     alarms = [unit["rule"]["episodes_with_false_alarms"] for unit in units.values()]
     spans = [_span(alarm, "share") for alarm in alarms]
     axes[2].bar(place, _numbers([alarm["share"] for alarm in alarms]), 0.5, yerr=np.transpose(spans), color="tab:red")
-    axes[2].set(title="share of episodes with false alarms of the rule", ylim=(0, None))
+    axes[2].set(title="episodes with false alarms (share)", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(place, [name.replace("_", " ") for name in names], rotation=60, ha="right", fontsize=7)
     return figure

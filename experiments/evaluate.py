@@ -45,14 +45,14 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
     done -= {task for task in done if not _filmed(workdir, stage, task, range(films))}
     missing = [task for task in config.tasks if task not in done]
     # Whatever is missing or does not fit is named before any work.
-    trained = {task: _load(config, workdir, stage, task) for task in missing}
+    trained = {task: None if stage == "expert" else load(config, workdir, stage, task) for task in missing}
     environment = simulators.make(config, pictures=stage != "expert" or films > 0)
     simulators.check_starts(environment, config.tasks, config.evaluation.num_episodes)
     _check_simulator(
         path, [*rows, *tables.load_episodes(_episodes_path(workdir, stage))], _describe(environment, stage)
     )
     for task in tqdm(missing, desc=f"evaluating {stage}", unit="task", disable=not missing):
-        policy = _policy(config, environment, trained[task])
+        policy = make_policy(config, environment, trained[task])
         episodes = _play(config, workdir, stage, task, environment, policy, films)
         row = _row(config, stage, task, environment, policy, trained[task], episodes)
         rows = [other for other in rows if other.task != task] + [row]  # one of fewer episodes stays until now
@@ -86,7 +86,7 @@ def latent_policy(config, workdir: str, stage: str, task: str) -> evaluation.Lat
     return evaluation.LatentPolicy(model, params, policy, train_policy.policy_settings(config))
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
     """What the evaluation of one task needs from the workdir."""
 
     policy: PolicyParams
@@ -95,11 +95,14 @@ class _Trained(NamedTuple):
     world_model_params: Params
 
 
-def _load(config, workdir: str, stage: str, task: str) -> _Trained | None:
-    if stage == "expert":
-        return None
+def load(config, workdir: str, stage: str, task: str) -> Trained:
+    """Loads a stage's policy, the world model and the reward of a task.
+
+    Raises:
+      ValueError: one of them has not been trained to its end.
+    """
     reward_params = train_reward.load(config, workdir, task)
-    return _Trained(load_policy(config, workdir, stage, task), reward_params, *train_world_model.load(config, workdir))
+    return Trained(load_policy(config, workdir, stage, task), reward_params, *train_world_model.load(config, workdir))
 
 
 def _describe(environment: Environment, stage: str) -> str:
@@ -114,14 +117,15 @@ def _check_simulator(path: str, found: Sequence[tables.Row | tables.Episode], no
         raise ValueError(f"{path}: its results are of {old}, not of {new}; use another --workdir")
 
 
-def _policy(config, environment: Environment, trained: _Trained | None) -> evaluation.Policy:
+def make_policy(config, environment: Environment, trained: Trained | None) -> evaluation.Policy:
+    """The policy as it acts in the environment; without a trained one the scripted expert."""
     if trained is None:
         return evaluation.ScriptedPolicy(environment)
     settings = train_policy.policy_settings(config)
     return evaluation.LatentPolicy(trained.model, trained.world_model_params, trained.policy, settings)
 
 
-def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+def batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
     """Of the episodes that run at once."""
     return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
@@ -141,7 +145,7 @@ def _play(
         return number < films and not _filmed(workdir, stage, task, [number])
 
     lacking = [n for n in range(config.evaluation.num_episodes) if (task, n) not in known or lacks_film(n)]
-    for batch in _batches(lacking, config.evaluation.batch_size):
+    for batch in batches(lacking, config.evaluation.batch_size):
         filmed = [number for number in batch if number < films]  # the first ones: numbers rise
         result = evaluation.rollout(
             environment, policy, task, jax.random.key(config.evaluation.seed), numbers=batch,
@@ -176,19 +180,14 @@ def _row(
     task: str,
     environment: Environment,
     policy: evaluation.Policy,
-    trained: _Trained | None,
+    trained: Trained | None,
     episodes: Sequence[tables.Episode],
 ) -> tables.Row:
     """Sums up a task's episodes, beside the same policy's from the same starts in imagination."""
-    imagined_success = None
+    imagined = None
     if trained:
-        rng = jax.random.key(config.evaluation.seed)
-        parts = [
-            evaluation.start_latents(environment, policy, task, rng, numbers=batch)
-            for batch in _batches(range(config.evaluation.num_episodes), config.evaluation.batch_size)
-        ]
-        starts = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        imagined_success = _imagined_success(config, trained, starts)
+        starts = start_latents(config, environment, policy, task)
+        imagined = imagined_success(config, trained, starts)
     return tables.make_row(
         environment=config.environment,
         method=config.method if trained else "-",
@@ -196,14 +195,23 @@ def _row(
         stage=stage,
         successes=sum(episode.success for episode in episodes),
         episodes=len(episodes),
-        imagined_success=imagined_success,
+        imagined_success=imagined,
         seed=config.seed,
         simulator=_describe(environment, stage),
     )
 
 
-def _imagined_success(config, trained: _Trained, starts: LatentState) -> float:
-    """Success of the same policy, sampled as in evaluation, from the same starts inside the world model."""
+def start_latents(config, environment: Environment, policy: evaluation.Policy, task: str) -> LatentState:
+    """The latents from which the evaluation's episodes of a task begin, [num_episodes, ...]."""
+    parts = [
+        evaluation.start_latents(environment, policy, task, jax.random.key(config.evaluation.seed), numbers=batch)
+        for batch in batches(range(config.evaluation.num_episodes), config.evaluation.batch_size)
+    ]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def imagined_success(config, trained: Trained, starts: LatentState) -> float:
+    """Success of a policy, sampled as in evaluation, from a bank of starts inside the world model."""
     inputs = imagination.ImaginationInputs(
         starts, trained.world_model_params, trained.reward_params, trained.policy.base
     )
@@ -211,7 +219,7 @@ def _imagined_success(config, trained: _Trained, starts: LatentState) -> float:
     return float(imagination.success_rate(episodes))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _imagine(config, model):
     settings = launch.stage_settings(finetune_policy.ppo_settings(config), num_rollouts=config.evaluation.num_episodes)
     return jax.jit(

@@ -3,6 +3,7 @@
 python -m experiments.finetune_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 """
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from experiments import launch, train_policy, train_reward, train_world_model
 from wam_jax import imagination, latents, parallel, ppo, specs, success_classifier, training, world_model
+from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.world_model import WorldModel
 
@@ -111,6 +113,27 @@ def load(config, workdir: str, task: str) -> PolicyParams:
         template, stage=stage(task), workdir=workdir, settings=ppo_settings(config).to_dict(),
         num_steps=config.ppo.num_iterations, binary="finetune_policy",
     )  # fmt: skip
+    return PolicyParams(base=base, finetuned=state.params.actor)
+
+
+def saved_iterations(workdir: str, task: str) -> list[int]:
+    """The iterations of a task's checkpoints, finished or not; none before its first."""
+    if not training.steps_done(workdir, stage(task)):
+        return []
+    with contextlib.closing(Checkpointer(f"{workdir}/{stage(task)}")) as checkpointer:
+        return checkpointer.steps()
+
+
+def load_iteration(config, workdir: str, task: str, iteration: int) -> PolicyParams:
+    """The policy of one of `saved_iterations`.
+
+    Raises:
+      ValueError: that checkpoint is damaged or of another size.
+    """
+    base = train_policy.load(config, workdir, task)
+    template = jax.eval_shape(functools.partial(initial_state, config, task), base)
+    with contextlib.closing(Checkpointer(f"{workdir}/{stage(task)}")) as checkpointer:
+        state = checkpointer.restore(template, ppo_settings(config).to_dict(), step=iteration)
     return PolicyParams(base=base, finetuned=state.params.actor)
 
 

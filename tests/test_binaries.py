@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,6 +143,37 @@ def test_the_expert_is_evaluated_beside_the_others(chain):
     assert "playtable: expert" in printed
     others = [row for row in rows if row.stage != "expert"]
     assert [(row.task, row.stage) for row in others] == [(task, s) for s in ("bc", "ppo") for task in CONFIG.tasks]
+
+
+DIAGNOSE = ("--tasks=turn_on_led", "--shares=0.5", "--contexts=1,2", "--horizons=1,4", "--train_windows=8")
+
+
+def test_a_run_is_diagnosed_part_by_part(chain, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(chain.workdir, folder, ignore=shutil.ignore_patterns("reward", "tensorboard"))
+    half = run("diagnose", folder, *DIAGNOSE, "--num_episodes=3", "--num_windows=4").stdout
+    assert re.findall(r"^Not measured: (\w+) \(.*train_reward", half, re.MULTILINE) == [
+        "calibration", "classifier", "divergence"
+    ]  # fmt: skip
+    shutil.copytree(chain.workdir / "reward", folder / "reward")
+    open_loop = (folder / "diagnose/open_loop.json").read_bytes()
+    printed = run("diagnose", folder, *DIAGNOSE, "--num_episodes=3", "--num_windows=4").stdout
+    assert (folder / "diagnose/open_loop.json").read_bytes() == open_loop
+    assert (folder / "diagnose/summary.md").read_text() in printed and "Not measured" not in printed
+    units = {}
+    for part in ("calibration", "classifier", "open_loop", "divergence"):
+        with open(folder / f"diagnose/{part}.json") as file:
+            units[part] = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["units"]
+        with Image.open(folder / f"diagnose/{part}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    names = ["bc", "ppo 1", "ppo 2", "ppo 2 x 0.5"]
+    assert list(units["calibration"]) == [f"turn_on_led/{name}" for name in names]
+    assert list(units["open_loop"]) == ["probes", *(f"context {c}, {k}" for c in (1, 2) for k in ("soft", "sampled"))]
+    assert len(units["open_loop"]["context 1, soft"]["hand"]["rmse"]) == 2
+    assert list(units["classifier"]) == list(units["divergence"]) == ["turn_on_led/bc", "turn_on_led/ppo 2"]
+    for name, unit in units["divergence"].items():  # of the same episodes
+        assert unit["real"] == units["calibration"][name]["real"]
+        assert unit["rule_on_real_frames"] == units["classifier"][name]["rule"]["fires"]
 
 
 def test_a_table_of_several_runs(chain, tmp_path):

@@ -34,6 +34,10 @@ class Checkpointer:
         """The newest checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints that are kept, rising."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, settings: dict) -> None:
         """Saves in the background; returns once the arrays are copied to the host."""
         if step == self.latest_step():

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -76,6 +77,44 @@ def read_attempts(
         ):
             attempts[task].append(steps)
     return attempts
+
+
+def read_windows(
+    directory: str | Path, split: str, length: int, max_windows: int, *, batch_size: int = 32
+) -> Iterator[StepBatch]:
+    """Decodes windows of consecutive steps, none of which overlap, spread evenly over a split.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+      split: "train" or "validation".
+      length: T, steps of a window.
+      max_windows: all there are, where there are fewer.
+      batch_size: windows that are in memory at once.
+
+    Yields:
+      up to `batch_size` windows, numpy [B, T, ...].
+
+    Raises:
+      ValueError: no complete dataset there, no such split, or every episode is shorter than a window.
+    """
+    lengths = episode_lengths(directory, split)
+    spans = [(i, start) for i, steps in enumerate(lengths) for start in range(0, steps - length + 1, length)]
+    if not spans:
+        raise ValueError(
+            f"{directory}: no episode of {split!r} has {length} steps, the longest has {max(lengths)}; take shorter "
+            "windows"
+        )
+    rows = np.unique(np.linspace(0, len(spans) - 1, min(max_windows, len(spans))).round().astype(int))
+    source = Episodes(open_builder(directory, split), split)
+
+    def cut(row):
+        episode, start = spans[row]
+        return decode(source.steps(episode), slice(start, start + length))
+
+    with ThreadPoolExecutor(num_threads()) as pool:
+        for first in range(0, len(rows), batch_size):
+            windows = list(pool.map(cut, rows[first : first + batch_size]))
+            yield jax.tree.map(lambda *x: np.stack(x), *windows)
 
 
 def count_attempts(directory: str | Path, split: str) -> dict[str, dict[str, int]]:

@@ -73,6 +73,11 @@ def task_index(task: str) -> int:
     return TASKS.index(task)
 
 
+def task_mechanism(task: str) -> int:
+    """The entry of scene_obs that the oracle looks at for a task."""
+    return int(_ORACLE_INDEX[task_index(task)])
+
+
 def task_success(task: Array, scene_obs_start: Array, scene_obs: Array) -> Array:
     """Says whether CALVIN's oracle finds a task solved; works on numpy and JAX arrays alike.
 

@@ -1,0 +1,318 @@
+"""The parts of a diagnosis: each a set of units, named pieces of work that are measured and kept one by one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from experiments import evaluate, finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
+from wam_jax import calibration, datasets, evaluation, latents, open_loop, probes, replay, world_model
+from wam_jax.calibration import Point
+from wam_jax.diffusion_policy import PolicyParams
+from wam_jax.evaluation import LatentPolicy
+from wam_jax.open_loop import Probes, Windows
+from wam_jax.types import LatentState, Params
+
+Units = dict[str, Callable[[], dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    tasks: tuple[str, ...]
+    num_episodes: int = 64  # of each policy and task, real and imagined
+    seed_offset: int = 1000  # added to config.evaluation.seed, whose starts are for reporting only
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75)  # policies between the cloned and the fine-tuned; beyond 1 past it
+    noise: tuple[float, ...] = ()  # values of policy.evaluation_std for more policies, with worse aim
+    contexts: tuple[int, ...] = (1, 10)  # frames that the model sees before it imagines
+    horizons: tuple[int, ...] = (1, 2, 5, 10, 15, 20, 30, 40)
+    train_windows: int = 400  # of play, for the probes
+    num_windows: int = 256  # of play's validation split, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A policy to diagnose."""
+
+    name: str
+    policy: PolicyParams
+    noise: float | None = None  # evaluation_std in place of the config's
+
+
+def settings(config, options: Options, part: str) -> dict[str, Any]:
+    """What every unit of a part was made with; figures made with other values cannot stand beside them."""
+    windows = {name: getattr(options, name) for name in ("contexts", "horizons", "train_windows", "num_windows")}
+    if part == "open_loop":
+        return windows
+    episodes = {
+        "num_episodes": options.num_episodes,
+        "start_seed": _start_seed(config, options),
+        "simulator": simulators.describe(simulators.make(config)),
+    }
+    return episodes | (windows if part == "divergence" else {})
+
+
+def calibration_units(config, workdir: str, options: Options) -> Units:
+    """Each policy on each task: success outside, and imagined from two kinds of starts.
+
+    Raises:
+      ValueError: policies, rewards or the world model are missing; or what else is asked for cannot be.
+    """
+    return {
+        f"{task}/{candidate.name}": functools.partial(_calibrate, config, workdir, options, task, candidate, rewards)
+        for task, rewards in _rewards(config, workdir, options).items()
+        for candidate in candidates(config, workdir, task, options)
+    }
+
+
+def classifier_units(config, workdir: str, options: Options) -> Units:
+    """The success classifier of each task on the episodes of the cloned and of the newest fine-tuned policy.
+
+    Raises:
+      ValueError: policies, rewards or the world model are missing.
+    """
+    return {
+        f"{task}/{candidate.name}": functools.partial(_classify, config, workdir, options, task, candidate, rewards)
+        for task, rewards in _rewards(config, workdir, options).items()
+        for candidate in _first_and_last(config, workdir, task)
+    }
+
+
+def open_loop_units(config, workdir: str, options: Options) -> Units:
+    """The probes on held-out play, and their errors against the horizon for each context and kind of feedback.
+
+    Raises:
+      ValueError: the world model or a split of play is missing, or play's episodes are too short.
+    """
+    train_world_model.load(config, workdir)
+    directory, length = launch.play_directory(config, workdir), _window_length(options)
+    for split in ("train", "validation"):
+        longest = max(datasets.episode_lengths(directory, split))
+        if longest < length:
+            raise ValueError(
+                f"{directory}: the longest episode of {split!r} has {longest} steps, but contexts and horizons take "
+                f"{length}; take shorter ones, --horizons={longest - max(options.contexts)}"
+            )
+    kinds = {"soft": True, "sampled": False}
+    return {"probes": functools.partial(_probe_figures, config, workdir, options)} | {
+        f"context {context}, {kind}": functools.partial(_imagine_windows, config, workdir, options, context, soft)
+        for context in options.contexts
+        for kind, soft in kinds.items()
+    }
+
+
+def divergence_units(config, workdir: str, options: Options) -> Units:
+    """The episodes of the cloned and the newest fine-tuned policy, beside the same actions imagined.
+
+    Raises:
+      ValueError: policies, rewards, the world model or play are missing.
+    """
+    open_loop_units(config, workdir, options)  # its probes are needed
+    return {
+        f"{task}/{candidate.name}": functools.partial(_diverge, config, workdir, options, task, candidate, rewards)
+        for task, rewards in _rewards(config, workdir, options).items()
+        for candidate in _first_and_last(config, workdir, task)
+    }
+
+
+PARTS = {
+    "calibration": calibration_units,
+    "classifier": classifier_units,
+    "open_loop": open_loop_units,
+    "divergence": divergence_units,
+}
+
+
+def candidates(config, workdir: str, task: str, options: Options) -> list[Candidate]:
+    """The cloned policy, every kept checkpoint of PPO, policies on the way to the newest, and noisy ones."""
+    base = train_policy.load(config, workdir, task)
+    found = [Candidate("bc", PolicyParams(base=base, finetuned=base))]
+    saved = finetune_policy.saved_iterations(workdir, task)
+    found += [Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved]
+    last = found[-1]
+    if saved:
+        found += [
+            Candidate(f"{last.name} x {share:g}", calibration.along_path(base, last.policy.finetuned, share))
+            for share in options.shares
+        ]
+    return found + [Candidate(f"{last.name}, noise {std:g}", last.policy, std) for std in options.noise]
+
+
+def _first_and_last(config, workdir: str, task: str) -> list[Candidate]:
+    base = train_policy.load(config, workdir, task)
+    cloned = Candidate("bc", PolicyParams(base=base, finetuned=base))
+    saved = finetune_policy.saved_iterations(workdir, task)[-1:]
+    return [cloned, *(Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved)]
+
+
+def _rewards(config, workdir: str, options: Options) -> dict[str, Params]:
+    train_world_model.load(config, workdir)
+    simulators.check_starts(simulators.make(config), options.tasks, options.num_episodes)
+    return {task: train_reward.load(config, workdir, task) for task in options.tasks}
+
+
+def _start_seed(config, options: Options) -> int:
+    return config.evaluation.seed + options.seed_offset
+
+
+def _with_options(config, options: Options, noise: float | None = None) -> FrozenConfigDict:
+    """The config as the evaluation reads it, for this diagnosis' episodes."""
+    changed: dict[str, dict[str, Any]] = {
+        "evaluation": {"num_episodes": options.num_episodes, "seed": _start_seed(config, options)}
+    }
+    if noise is not None:
+        changed["policy"] = {"evaluation_std": noise}
+    values = config.to_dict()
+    return FrozenConfigDict(values | {key: values[key] | change for key, change in changed.items()})
+
+
+def _trained(config, workdir: str, candidate: Candidate, rewards: Params) -> evaluate.Trained:
+    return evaluate.Trained(candidate.policy, rewards, *train_world_model.load(config, workdir))
+
+
+def _calibrate(
+    config, workdir: str, options: Options, task: str, candidate: Candidate, rewards: Params
+) -> dict[str, Any]:
+    environment, trained = simulators.make(config), _trained(config, workdir, candidate, rewards)
+    changed = _with_options(config, options, candidate.noise)
+    policy = evaluate.make_policy(changed, environment, trained)
+    rng, episodes = jax.random.key(_start_seed(config, options)), options.num_episodes
+    real = [
+        evaluation.rollout(environment, policy, task, rng, numbers=batch, max_steps=config.evaluation.max_steps)
+        for batch in evaluate.batches(range(episodes), config.evaluation.batch_size)
+    ]
+    starts = {
+        "demonstrations": _demonstrated_starts(config, workdir, task),
+        "imagined_real": evaluate.start_latents(changed, environment, policy, task),
+    }
+    imagined = {
+        name: round(evaluate.imagined_success(changed, trained, bank) * episodes) for name, bank in starts.items()
+    }
+    successes = sum(int(batch.success.sum()) for batch in real)
+    return dataclasses.asdict(Point(task, candidate.name, episodes, successes, **imagined))
+
+
+def _demonstrated_starts(config, workdir: str, task: str) -> LatentState:
+    encoded = train_policy.encode_demonstrations(config, workdir)[task][0]
+    return latents.start_bank(encoded, config.ppo.max_start_step)
+
+
+def _record(config, workdir: str, options: Options, task: str, candidate: Candidate) -> tuple[Windows, np.ndarray]:
+    """A policy's episodes, encoded: windows of all frames, and whether each frame is solved, bool [B, T + 1]."""
+    model, params = train_world_model.load(config, workdir)
+    environment, policy_settings = simulators.make(config), train_policy.policy_settings(config)
+    batches = replay.record(
+        environment,
+        LatentPolicy(model, params, candidate.policy, policy_settings),
+        task,
+        jax.random.key(_start_seed(config, options)),
+        batches=evaluate.batches(range(options.num_episodes), config.evaluation.batch_size),
+        max_steps=config.evaluation.max_steps,
+    )
+    solved = []
+
+    def noted() -> Iterator:
+        for batch in batches:
+            solved.append(batch.reward > 0.5)
+            yield batch
+
+    windows = open_loop.encode(model, params, noted())
+    return windows, np.concatenate(solved)
+
+
+def _classify(
+    config, workdir: str, options: Options, task: str, candidate: Candidate, rewards: Params
+) -> dict[str, Any]:
+    windows, solved = _record(config, workdir, options, task, candidate)
+    features = _filter(config, workdir, options, windows)[:, 1:]
+    quality = replay.classifier_quality(rewards, features, solved[:, 1:], settings=train_reward.reward_settings(config))
+    return quality | {"data": train_reward.read_quality(workdir).get(task, {})}
+
+
+def _filter(config, workdir: str, options: Options, windows: Windows) -> np.ndarray:
+    model, params = train_world_model.load(config, workdir)
+    rng = jax.random.key(_start_seed(config, options))
+    return open_loop.filtered(model, params, windows, rng, settings=train_policy.policy_settings(config))
+
+
+def _window_length(options: Options) -> int:
+    return max(options.contexts) + max(options.horizons)
+
+
+@functools.lru_cache(maxsize=1)
+def _probes(config, workdir: str, length: int, num_windows: int) -> tuple[Probes, int]:
+    """The probes, and the number of training windows they were fitted on."""
+    model, params = train_world_model.load(config, workdir)
+    batches = datasets.read_windows(launch.play_directory(config, workdir), "train", length, num_windows)
+    windows = open_loop.encode(model, params, batches)
+    rng = jax.random.key(config.seed)
+    features = open_loop.filtered(model, params, windows, rng, settings=train_policy.policy_settings(config))
+    return open_loop.fit_probes(windows, features), len(windows.action)
+
+
+@functools.lru_cache(maxsize=1)
+def _validation(config, workdir: str, length: int, num_windows: int) -> Windows:
+    model, params = train_world_model.load(config, workdir)
+    directory = launch.play_directory(config, workdir)
+    return open_loop.encode(model, params, datasets.read_windows(directory, "validation", length, num_windows))
+
+
+def _probe_figures(config, workdir: str, options: Options) -> dict[str, Any]:
+    """On held-out windows: all frames; at the horizons' frames the filter that sees them; and standing still."""
+    length = _window_length(options)
+    fitted, train_windows = _probes(config, workdir, length, options.train_windows)
+    windows = _validation(config, workdir, length, options.num_windows)
+    features = _filter(config, workdir, options, windows)
+    first = max(options.contexts) - 1
+    frames = [first + h for h in options.horizons]
+    still = np.repeat(windows.state[:, first : first + 1], len(frames), axis=1)
+    return {
+        "train_windows": train_windows,
+        "windows": len(windows.action),
+        "window_length": length,
+        "held_out": open_loop.held_out(fitted, windows, features),
+        "filtered": open_loop.curves(fitted, features[:, first:], windows, first=first, horizons=options.horizons),
+        "standing_still": open_loop.state_curves(still, windows, frames),
+    }
+
+
+def _imagine_windows(config, workdir: str, options: Options, context: int, soft: bool) -> dict[str, Any]:
+    length, first = _window_length(options), max(options.contexts) - 1
+    fitted, _ = _probes(config, workdir, length, options.train_windows)
+    windows = _validation(config, workdir, length, options.num_windows)
+    _, params = train_world_model.load(config, workdir)
+    model = world_model.build(launch.stage_settings(config.world_model, soft_prior=soft))
+    features = open_loop.imagined(
+        model, params, windows, jax.random.key(_start_seed(config, options)),
+        settings=train_policy.policy_settings(config), first=first, context=context, horizon=max(options.horizons),
+    )  # fmt: skip
+    return open_loop.curves(fitted, features, windows, first=first, horizons=options.horizons)
+
+
+def _diverge(
+    config, workdir: str, options: Options, task: str, candidate: Candidate, rewards: Params
+) -> dict[str, Any]:
+    windows, solved = _record(config, workdir, options, task, candidate)
+    model, params = train_world_model.load(config, workdir)
+    filtered = _filter(config, workdir, options, windows)[:, 1:]
+    imagined = open_loop.imagined(
+        model, params, windows, jax.random.key(_start_seed(config, options)), first=0, context=1,
+        settings=train_policy.policy_settings(config), horizon=config.evaluation.max_steps,
+    )[:, 1:]  # fmt: skip
+    reward_settings = train_reward.reward_settings(config)
+    fitted, _ = _probes(config, workdir, _window_length(options), options.train_windows)
+    episodes = replay.Replay(
+        imagined=imagined,
+        filtered=filtered,
+        state=windows.state[:, 1:],
+        solved=solved[:, 1:],
+        imagined_fires=replay.fires(rewards, imagined, settings=reward_settings),
+        filtered_fires=replay.fires(rewards, filtered, settings=reward_settings),
+    )
+    mechanism, consecutive = probes.task_quantity(task), config.reward.consecutive
+    return replay.divergence(episodes, fitted.state, mechanism, consecutive=consecutive, slack=config.policy.chunk)

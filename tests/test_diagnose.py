@@ -1,0 +1,227 @@
+"""Diagnoses: what is planted is found. The binary is run in test_binaries.py."""
+
+import re
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import smoke_config
+from ml_collections import FrozenConfigDict
+
+from experiments import diagnose, diagnoses, diagnosis_report
+from wam_jax import calibration, intervals, open_loop, probes, replay, specs, success_classifier
+from wam_jax.calibration import Point
+
+quick_compilation = helpers.quick_compilation
+RNG = np.random.default_rng(0)
+
+
+# --- Probes ---
+
+
+def test_a_probe_finds_a_linear_map_and_no_other():
+    features = RNG.normal(size=(400, 12)) * np.logspace(-1, 1, 12) + 3.0
+    weights, bias = RNG.normal(size=(12, 2)), np.array([1.0, -5.0])
+    probe = probes.fit(features, features @ weights + bias)
+    fresh = RNG.normal(size=(7, 5, 12))
+    np.testing.assert_allclose(probe(fresh), fresh @ weights + bias, rtol=1e-4, atol=1e-4)
+    noise = probes.fit(features, RNG.normal(size=(400, 2)))
+    assert noise.penalty == max(probes.PENALTIES) and np.abs(noise(features)).max() < 0.5
+
+
+def test_errors_are_in_the_unit_of_what_is_decoded():
+    observation = helpers.make_steps().observation
+    observation.robot_obs[..., :3] += np.float32([0.03, 0.04, 0.0])
+    observation.scene_obs[:, 4:, specs.DRAWER] = 0.1  # m
+    true = probes.state_targets(observation)
+    hand, drawer = probes.quantity("hand"), probes.task_quantity("open_drawer")
+    assert true.shape[-1] == probes.STATE[-1].stop and drawer.name == "drawer"
+    np.testing.assert_allclose(true[..., hand.start : hand.stop], 100 * observation.robot_obs[..., :3])
+    np.testing.assert_allclose(true[..., drawer.start], [[0] * 4 + [10] * 4] * helpers.B)
+    moved = true.copy()
+    moved[..., hand.start : hand.start + 2] += [3.0, 4.0]
+    np.testing.assert_allclose(probes.squared_error(moved, true, [hand])[..., 0], 25.0)
+    rows = true.reshape(-1, true.shape[-1])
+    middle = np.broadcast_to(rows.mean(axis=0), rows.shape)
+    for decoded, expected in ((rows, 1.0), (middle, 0.0)):
+        explained = probes.r2(probes.squared_error(decoded, rows, [hand, drawer]), rows, [hand, drawer])
+        np.testing.assert_allclose(explained, expected, atol=1e-9)
+    button = probes.quantity("button")
+    assert np.isnan(probes.r2(np.zeros((len(rows), 1)), rows, [button])).all()  # it does not move
+
+
+# --- Calibration ---
+
+
+def points(real, imagined, task="open_drawer", episodes=100):
+    return [
+        Point(task, f"ppo {i}", episodes, real=r, demonstrations=d, imagined_real=r)
+        for i, (r, d) in enumerate(zip(real, imagined, strict=True))
+    ]
+
+
+def test_a_perfect_model_is_calibrated_and_a_reversed_one_is_not():
+    real = [10, 30, 55, 70, 95]
+    summary = calibration.summarise(points(real, [100 - r for r in real]))
+    perfect, reversed_ = summary["real"], summary["demonstrations"]
+    for scope in (perfect["all"], perfect["within_tasks"], perfect["tasks"]["open_drawer"]):
+        for name in ("pearson", "spearman"):
+            assert [scope[name][key] for key in ("value", "low", "high")] == pytest.approx([1, 1, 1])
+    assert reversed_["all"]["pearson"]["value"] == pytest.approx(-1)
+    assert perfect["mean_absolute_error"] == 0 and reversed_["mean_error"] == pytest.approx(-0.04)
+    assert all(row["imagined"] == row["real"] for row in perfect["table"])
+    assert sum(row["points"] for row in perfect["table"]) == 5
+    assert 0.95 < perfect["ceiling"]["all"] < 1  # 100 episodes are not endless
+
+
+def test_differences_between_tasks_do_not_count_within_them():
+    easy, hard = points([90, 92, 94], [94, 92, 90]), points([10, 12, 14], [14, 12, 10], task="turn_on_led")
+    found = calibration.summarise(easy + hard)["demonstrations"]
+    assert found["all"]["pearson"]["value"] > 0.99
+    assert found["within_tasks"]["pearson"]["value"] == pytest.approx(-1)
+    flat = calibration.summarise(points([50, 50], [20, 80]))["demonstrations"]["all"]
+    assert np.isnan(flat["pearson"]["value"]) and np.isnan(flat["spearman"]["low"])
+
+
+def test_policies_lie_on_the_path():
+    base, tuned = {"w": np.zeros(2)}, {"w": np.array([2.0, -4.0])}
+    for share, expected in ((0, [0, 0]), (0.25, [0.5, -1]), (1, [2, -4]), (2, [4, -8])):
+        policy = calibration.along_path(base, tuned, share)
+        np.testing.assert_array_equal(policy.finetuned["w"], expected)
+        assert policy.base is base
+
+
+def test_intervals_hold_the_mean_and_narrow_with_more_units():
+    few, many = RNG.normal(5, 1, (20, 1)), RNG.normal(5, 1, (2000, 1))
+    (low, high), (lower, higher) = intervals.of_mean(few), intervals.of_mean(many)
+    assert low < few.mean() < high and (higher - lower) < 0.2 * (high - low)
+    np.testing.assert_allclose(higher - lower, 2 * 1.96 / np.sqrt(2000), rtol=0.15)
+    low, high = intervals.of_mean(np.array([[1.0, np.nan], [1.0, np.nan], [np.nan, np.nan]]))
+    assert (low[0], high[0]) == (1, 1) and np.isnan(low[1])
+
+
+# --- The classifier and divergence ---
+
+SOLVED = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1]], bool)
+
+
+def plant(monkeypatch, positive):
+    """A classifier that says what is planted: the features hold the verdicts."""
+    monkeypatch.setattr(success_classifier, "success_probability", lambda params, feature, settings: feature[..., 0])
+    return positive[..., None].astype(np.float32)
+
+
+@pytest.mark.parametrize("consecutive", [1, 2])
+def test_a_classifier_that_always_fires_has_one_false_alarm_an_episode(monkeypatch, consecutive):
+    settings = FrozenConfigDict({"threshold": 0.5, "consecutive": consecutive})
+    features = plant(monkeypatch, np.ones_like(SOLVED))
+    quality = replay.classifier_quality({}, features, SOLVED, settings=settings)
+    assert quality["frames"]["precision"] == pytest.approx(6 / 18) and quality["frames"]["recall"] == 1
+    rule = quality["rule"]
+    assert (rule["fires"], rule["real_successes"]) == (3, 2)
+    assert rule["fires_on_failures"]["count"] == rule["fires_on_failures"]["of"] == 1
+    # Of the third episode, frame 2 is solved: a rule of two frames begins to fire there rightly.
+    false = {1: 3, 2: 2}[consecutive]
+    assert rule["false_alarms_per_episode"]["value"] == pytest.approx(false / 3)
+    assert rule["episodes_with_false_alarms"]["count"] == false
+    assert rule["precision"]["count"] == 3 - false and rule["recall"]["share"] == 1
+
+
+def test_a_classifier_that_knows_has_none(monkeypatch):
+    settings = FrozenConfigDict({"threshold": 0.5, "consecutive": 2})
+    rule = replay.classifier_quality({}, plant(monkeypatch, SOLVED), SOLVED, settings=settings)["rule"]
+    assert rule["false_alarms_per_episode"]["value"] == 0 and rule["precision"]["share"] == rule["recall"]["share"] == 1
+    assert rule["delay"] == 1 and rule["fires_on_failures"]["share"] == 0
+    never = replay.classifier_quality({}, plant(monkeypatch, 0 * SOLVED), SOLVED, settings=settings)
+    assert never["frames"]["precision"] is None and never["rule"]["recall"]["share"] == 0
+
+
+def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
+    steps, columns = 20, probes.STATE[-1].stop
+    state = np.zeros((5, steps, columns))
+    imagined = state.copy()
+    imagined[:, 10:, 0] = imagined[:, :2, 0] = 7.0  # cm of the hand, from step 11 on, and in the first two
+    solved, fires = np.zeros((2, 5, steps), bool)
+    solved[0, 4:] = solved[1, 15:] = solved[2, 15:] = True  # at steps 5, 16, 16; the others fail
+    fires[0, 7:] = fires[1, 2:] = fires[3, 8:] = True  # on time (4 in a row), early, never, made up, rightly never
+    identity = probes.Probe(np.eye(columns), np.zeros(columns), 0.0)
+    found = replay.divergence(
+        replay.Replay(imagined, state, state, solved, fires, solved), identity, probes.quantity("drawer"),
+        consecutive=4, slack=2,
+    )  # fmt: skip
+    assert (found["real"], found["rule_on_real_frames"], found["rule_on_imagination"]) == (3, 3, 3)
+    success, failure = found["groups"]["success"], found["groups"]["failure"]
+    assert success["running"] == [3] * 5 + [2] * 11 + [0] * 4 and failure["running"] == [2] * steps
+    assert success["verdicts"] == {"agree": 1, "early": 1, "late": 0, "missed": 1, "made up": 0}
+    assert failure["verdicts"] == {"agree": 1, "early": 0, "late": 0, "missed": 0, "made up": 1}
+    assert success["disagreement"] == {"episodes": 2, "of": 3, "median_step": 9.5}  # steps 3 and 16
+    assert success["parting"] == {"episodes": 2, "of": 3, "median_step": 11}  # the first has ended before
+    hand = failure["errors"]["hand"]
+    assert hand["imagined"]["mean"] == [7] * 2 + [0] * 8 + [7] * 10 and hand["filtered"]["mean"] == [0] * steps
+    assert np.isnan(success["errors"]["mechanism"]["imagined"]["mean"][16:]).all()
+
+
+# --- The binary ---
+
+CONFIG = smoke_config.get_config()
+OPTIONS = diagnoses.Options(tasks=("turn_on_led",), horizons=(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "only", "message"),
+    [
+        ({}, ("probes",), "--only=probes: no such part"),
+        ({"tasks": ("close_drawer",)}, (), "--tasks=close_drawer: the run has"),
+        ({"seed_offset": 0}, (), "--seed_offset=0 would be the evaluation's own starts"),
+        ({"horizons": (2, 1)}, (), "--horizons=2,1; expected rising"),
+    ],
+)
+def test_mistakes_are_named(changes, only, message):
+    options = diagnoses.Options(**{**OPTIONS.__dict__, **changes})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        diagnose.check(CONFIG, options, only)
+
+
+def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(monkeypatch, tmp_path):
+    done, episodes = [], {"num_episodes": 3}
+
+    def units(config, workdir, options):
+        return {name: lambda name=name: measure(name) for name in ("a", "b")}
+
+    def measure(name):
+        if name == "b" and done == ["a"]:
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append(name)
+        return {"name": name, "share": float("nan")}
+
+    drawn = {}
+    monkeypatch.setattr(diagnoses, "PARTS", {"classifier": units})
+    monkeypatch.setattr(diagnoses, "settings", lambda *arguments: episodes)
+    monkeypatch.setattr(diagnosis_report, "draw", lambda part, record, path: drawn.update(record["units"]))
+    monkeypatch.setattr(diagnosis_report, "write_summary", lambda directory, left_out: "told")
+    with pytest.raises(KeyboardInterrupt):
+        diagnose.run(CONFIG, str(tmp_path), OPTIONS)
+    for _ in range(2):
+        assert diagnose.run(CONFIG, str(tmp_path), OPTIONS) == "told"
+    assert done == ["a", "killed", "b"] and list(drawn) == ["a", "b"] and drawn["a"]["share"] is None
+    episodes["num_episodes"] = 2
+    with pytest.raises(ValueError, match="made with num_episodes=3, not 2; take that value, or delete it"):
+        diagnose.run(CONFIG, str(tmp_path), OPTIONS)
+
+
+def test_imagination_of_a_context_begins_where_the_filter_is():
+    model = helpers.make_model(soft_prior=True)
+    params, steps = helpers.make_state(model).params, helpers.make_steps()
+    settings = FrozenConfigDict({"soft_feature": True})
+    windows, rng = open_loop.encode(model, params, [steps, steps]), jax.random.key(0)
+    assert windows.embedding.shape[:2] == (2 * helpers.B, helpers.T)
+    alone = open_loop.Windows(*(x[:, 2:] for x in windows))
+    from_start = open_loop.imagined(model, params, alone, rng, settings=settings, first=2, context=3, horizon=2)
+    inside = open_loop.imagined(model, params, windows, rng, settings=settings, first=4, context=3, horizon=2)
+    helpers.assert_close(inside, from_start, atol=1e-6)
+    windows.embedding[:, 5:] = 0.0  # the future
+    helpers.assert_equal(
+        open_loop.imagined(model, params, windows, rng, settings=settings, first=4, context=3, horizon=2), inside
+    )

@@ -1,0 +1,113 @@
+"""How well success in imagination tells success outside, over a set of policies."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from wam_jax import intervals
+from wam_jax.diffusion_policy import PolicyParams
+from wam_jax.types import Params
+
+STARTS = ("demonstrations", "real")  # where imagination began; "real": at the episodes' own starts
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges of the calibration table, by imagined success
+_CEILING_DRAWS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One policy on one task: as many episodes outside as imagined ones of either kind."""
+
+    task: str
+    policy: str  # "bc", "ppo 50", "ppo 50 x 0.5", "ppo 50, noise 0.4"
+    episodes: int
+    real: int  # episodes solved, by the environment's oracle
+    demonstrations: int  # solved in imagination, by the reward rule, from the starts that PPO has
+    imagined_real: int  # the same, from the starts of the real episodes
+
+
+def along_path(base: Params, finetuned: Params, share: float) -> PolicyParams:
+    """The policy a share of the way from the cloned parameters (0) to the fine-tuned ones (1); more goes beyond."""
+    between = jax.tree.map(lambda x, y: x + share * (y - x), base, finetuned)
+    return PolicyParams(base=base, finetuned=between)
+
+
+def summarise(points: Sequence[Point]) -> dict[str, Any]:
+    """Correlations and calibration of each kind of start.
+
+    Args:
+      points: of any tasks and policies.
+
+    Returns:
+      by kind of start: `all` (every point; the interval draws tasks, then policies), `within_tasks` (differences from
+      the task's mean), `tasks` (each task over its policies), `table`, mean signed and absolute error, and `ceiling`:
+      the correlation that a perfect imagination would show with so few episodes, each side drawn anew around the rates
+      seen outside.
+    """
+    return {starts: _summarise(points, starts) for starts in STARTS}
+
+
+def _summarise(points: Sequence[Point], starts: str) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(point.task for point in points))
+    groups = [np.array([rates(p, starts) for p in points if p.task == task]) for task in tasks]
+    joined = np.concatenate(groups)
+    episodes = np.array([p.episodes for task in tasks for p in points if p.task == task])
+    difference = joined[:, 0] - joined[:, 1]
+    sizes = np.cumsum([len(group) for group in groups])[:-1]
+    return {
+        "all": _correlations(groups, centred=False),
+        "within_tasks": _correlations(groups, centred=True),
+        "tasks": {task: _correlations([group], centred=False) for task, group in zip(tasks, groups, strict=True)},
+        "ceiling": {
+            "all": _ceiling(joined[:, 1], episodes, sizes, centred=False),
+            "within_tasks": _ceiling(joined[:, 1], episodes, sizes, centred=True),
+        },
+        "mean_error": float(difference.mean()),
+        "mean_absolute_error": float(np.abs(difference).mean()),
+        "table": table(joined),
+    }
+
+
+def rates(point: Point, starts: str) -> tuple[float, float]:
+    """Success imagined, from one kind of start, and success outside."""
+    imagined = point.demonstrations if starts == "demonstrations" else point.imagined_real
+    return imagined / point.episodes, point.real / point.episodes
+
+
+def table(rates: np.ndarray) -> list[dict[str, float]]:
+    """Points [N, 2] (imagined, real) by imagined success: their number and both means; without empty bins."""
+    bins = np.clip(np.digitize(rates[:, 0], BINS) - 1, 0, len(BINS) - 2)
+    return [
+        {
+            "from": BINS[i],
+            "to": BINS[i + 1],
+            "points": int((bins == i).sum()),
+            "imagined": float(rates[bins == i, 0].mean()),
+            "real": float(rates[bins == i, 1].mean()),
+        }
+        for i in range(len(BINS) - 1)
+        if (bins == i).any()
+    ]
+
+
+def _correlations(groups: Sequence[np.ndarray], *, centred: bool) -> dict[str, Any]:
+    return {
+        "points": sum(len(group) for group in groups),
+        "pearson": intervals.of_groups(intervals.pearson, groups, centred=centred),
+        "spearman": intervals.of_groups(intervals.spearman, groups, centred=centred),
+    }
+
+
+def _ceiling(real: np.ndarray, episodes: np.ndarray, sizes: np.ndarray, *, centred: bool) -> float:
+    rng = np.random.default_rng(0)
+
+    def draw():
+        drawn = rng.binomial(episodes, real) / episodes
+        parts = np.split(drawn, sizes)
+        return np.concatenate([part - part.mean() for part in parts]) if centred else drawn
+
+    drawn = [intervals.pearson(np.stack([draw(), draw()], axis=1)) for _ in range(_CEILING_DRAWS)]
+    known = [value for value in drawn if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")

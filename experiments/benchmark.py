@@ -31,11 +31,6 @@ from experiments.configs import base
 from experiments.workloads import Workload
 from wam_jax import json_files, metrics
 
-_ONLY = flags.DEFINE_list("only", [], "Which workloads; if not given, all that are quick on this device")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
-_BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare with")
-_DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
 _LEAST_CALLS, _MOST_CALLS = 5, 200
 # What is left out unless it is asked for: on a CPU what takes a minute a call; elsewhere what would make the whole take
 # more than ten minutes, compilation included.
@@ -298,5 +293,10 @@ def markdown(rows: Sequence[Row], baseline: Mapping[tuple, Row]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # its flags are those of the binary alone: tests import many binaries into one process
+    _ONLY = flags.DEFINE_list("only", [], "Which workloads; if not given, all that are quick on this device")
+    _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
+    _BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare with")
+    _DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
+    _SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
     app.run(main, flags_parser=launch.parse_flags)

@@ -199,7 +199,7 @@ def _calibrate(
 
 def _demonstrated_starts(config, workdir: str, task: str) -> LatentState:
     encoded = train_policy.encode_demonstrations(config, workdir)[task][0]
-    return latents.start_bank(encoded, config.ppo.max_start_step)
+    return latents.start_bank(encoded, config.ppo.min_start_step, config.ppo.max_start_step)
 
 
 def _record(config, workdir: str, options: Options, task: str, candidate: Candidate) -> tuple[Windows, np.ndarray]:

@@ -1,19 +1,36 @@
 """Fine-tunes each task's policy by PPO entirely inside the frozen world model: no step of the environment.
 
 python -m experiments.finetune_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+With --config.ppo.rollouts=environment the same PPO learns from rollouts of the environment instead (DPPO's setting).
 """
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from experiments import launch, train_policy, train_reward, train_world_model
-from wam_jax import imagination, latents, parallel, ppo, specs, success_classifier, training, world_model
+from experiments import launch, simulators, train_policy, train_reward, train_world_model
+from wam_jax import (
+    environment_rollouts,
+    imagination,
+    latents,
+    parallel,
+    ppo,
+    specs,
+    success_classifier,
+    training,
+    world_model,
+)
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
+from wam_jax.environments.interface import Environment
+from wam_jax.types import LatentState, Params
 from wam_jax.world_model import WorldModel
+
+_COLLECTION = 1_000_000  # folded into a step's key, far from any device's number
 
 
 def run(config, workdir: str) -> None:
@@ -23,6 +40,21 @@ def run(config, workdir: str) -> None:
     if not tasks:
         return
     devices = parallel.local_devices(config.num_devices)
+    base_policies = {task: train_policy.load(config, workdir, task) for task in tasks}
+    train = _in_environment if settings.rollouts == "environment" else _in_imagination
+    arguments = {
+        "workdir": workdir,
+        "settings": settings.to_dict(),
+        "num_steps": settings.num_iterations,
+        "updates_per_call": settings.updates_per_call,
+        "save_every": settings.save_every,
+        "devices": devices,
+    }
+    train(config, workdir, base_policies, settings=settings, arguments=arguments)
+
+
+def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, settings, arguments: dict) -> None:
+    devices = arguments["devices"]
     model, world_model_params = train_world_model.load(config, workdir)
     update = functools.partial(
         ppo.iteration,
@@ -35,27 +67,18 @@ def run(config, workdir: str) -> None:
     one, together = (
         parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
     )
-    demonstrations = train_policy.encode_demonstrations(config, workdir)
     inputs = {
         task: imagination.ImaginationInputs(
-            start=latents.start_bank(demonstrations[task][0], settings.max_start_step),
+            start=start_bank(config, workdir, task),
             world_model_params=world_model_params,
             reward_params=train_reward.load(config, workdir, task),
-            base_policy_params=train_policy.load(config, workdir, task),
+            base_policy_params=params,
         )
-        for task in tasks  # before the first is trained: what is missing is named at once
+        for task, params in base_policies.items()  # before the first is trained: what is missing is named at once
     }
-    arguments = {
-        "workdir": workdir,
-        "settings": settings.to_dict(),
-        "num_steps": settings.num_iterations,
-        "updates_per_call": settings.updates_per_call,
-        "save_every": settings.save_every,
-        "devices": devices,
-    }
-    for group in groups(tasks, inputs, workdir, settings.tasks_at_once):
+    for group in groups(list(inputs), inputs, workdir, settings.tasks_at_once):
         banks, stages = [inputs[task] for task in group], [stage(task) for task in group]
-        states = [initial_state(config, task, inputs[task].base_policy_params) for task in group]
+        states = [initial_state(config, task, base_policies[task]) for task in group]
         seeds = [config.seed + specs.task_index(task) for task in group]
         if len(group) == 1:
             bank = training.repeat(parallel.replicate(banks[0], devices))
@@ -64,6 +87,65 @@ def run(config, workdir: str) -> None:
             bank = training.repeat(parallel.replicate(imagination.stack_tasks(banks), devices))
             state = jax.tree.map(lambda *x: np.stack(x), *states)
             training.fit_together(together, state, bank, stages=stages, seed=np.array(seeds, np.int32), **arguments)
+
+
+def _in_environment(config, workdir: str, base_policies: dict[str, Params], *, settings, arguments: dict) -> None:
+    devices = arguments["devices"]
+    updates = environment_updates(config, simulators.make(config), *train_world_model.load(config, workdir), devices)
+    for task, base in base_policies.items():
+        bank = training.repeat(parallel.replicate(jax.tree.map(lambda x: x[None], base), devices))
+        state, seed = initial_state(config, task, base), config.seed + specs.task_index(task)
+        training.fit(functools.partial(updates, task), state, bank, stage=stage(task), seed=seed, **arguments)
+
+
+def environment_updates(
+    config, environment: Environment, model: WorldModel, world_model_params: Params, devices: list[jax.Device]
+) -> Callable:
+    """Iterations of PPO on rollouts of an environment: collected on the host, learned from in one compiled call.
+
+    Returns:
+      `run(task, state, base_policy_params, seed, step) -> (state, metrics)`: for a task, what `training.fit` runs;
+      the base policy's leaves are [D, 1, ...].
+    """
+    settings = ppo_settings(config)
+    static = {"policy_settings": train_policy.policy_settings(config), "settings": settings}
+
+    def update(state, batch, rng):
+        state, metrics = ppo.learn(state, *batch, rng, **static, axis_name=parallel.AXIS_NAME)
+        return state, {"environment_success": metrics.pop("success"), **metrics}
+
+    learn = parallel.compile_updates(update, devices)
+    collect = functools.partial(
+        environment_rollouts.collect, environment, num_rollouts=settings.num_rollouts * len(devices), model=model,
+        world_model_params=world_model_params, **static,
+    )  # fmt: skip
+
+    def run(task, state, base_policy_params, seed, step):
+        base = jax.tree.map(lambda x: x[0], parallel.unreplicate(base_policy_params))
+        policy = PolicyParams(base=base, finetuned=parallel.unreplicate(state.params.actor))
+        rng = jax.random.fold_in(parallel.step_rng(seed, step, None), _COLLECTION)
+        episodes = environment_rollouts.split(collect(policy, task, rng), len(devices))
+        batch = jax.tree.map(lambda x: x[:, None], episodes)  # one update a call
+        return learn(state, (parallel.shard(batch, devices), base_policy_params), seed, step)
+
+    return run
+
+
+def start_bank(config, workdir: str, task: str) -> LatentState:
+    """The latents that imagination starts from, of demonstrations or of play's attempts at the task, or both."""
+    settings = config.ppo
+    chosen = []
+    if settings.starts in ("demonstrations", "both"):
+        chosen += train_policy.encode_demonstrations(config, workdir)[task][0]
+    if settings.starts in ("play", "both"):
+        attempts = train_reward.encode_attempts(config, workdir, "train")[task][0]
+        if not attempts:
+            raise ValueError(
+                f"config.ppo.starts={settings.starts!r}, but {launch.play_directory(config, workdir)} holds no "
+                f"annotated attempt at {task}; take --config.ppo.starts=demonstrations"
+            )
+        chosen += attempts
+    return latents.start_bank(chosen, settings.min_start_step, settings.max_start_step)
 
 
 def groups(tasks: list[str], inputs: dict, workdir: str, size: int) -> list[list[str]]:

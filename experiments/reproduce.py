@@ -1,13 +1,15 @@
 """Runs a config's whole chain, from nothing to the table; finished stages are skipped, broken ones go on.
 
 python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+--reuse=OTHER_WORKDIR takes over what the config would make just the same as another run did: one lever, one command.
 """
 
 import os
 import time
 
 import jax
-from absl import logging
+from absl import flags, logging
 
 from experiments import (
     collect_calvin,
@@ -15,6 +17,7 @@ from experiments import (
     evaluate,
     finetune_policy,
     launch,
+    reuse,
     simulators,
     train_policy,
     train_reward,
@@ -25,9 +28,13 @@ from wam_jax import evaluation, json_files, metrics, tables, videos
 VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
 
-def run(config, workdir: str) -> None:
-    """Runs every stage and prints the table."""
+def run(config, workdir: str, source: str = "") -> None:
+    """Runs every stage and prints the table; `source` is a run to take over from what would be the same."""
     simulators.check(config)
+    if source:
+        print(
+            f"taken over from {source}: {', '.join(reuse.take_over(config, workdir, source)) or 'nothing'}", flush=True
+        )
     stages = {
         "collect": collect_calvin.run if config.environment == "calvin" else collect_playtable.run,
         "world_model": train_world_model.run,
@@ -82,4 +89,5 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    launch.main(run)
+    _REUSE = flags.DEFINE_string("reuse", "", "Workdir of another run, to take over what would be the same here")
+    launch.main(lambda config, workdir: run(config, workdir, _REUSE.value))

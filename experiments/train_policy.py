@@ -66,6 +66,7 @@ def encode_demonstrations(config, workdir: str) -> dict[str, tuple[list[LatentSt
     encoded = {}
     for task in config.tasks:
         chosen = [episode for episode in episodes if episode.task[0] == specs.task_index(task)]
+        chosen = chosen[: config.dataset.demonstrations_per_task]  # a dataset may hold more
         if not chosen:
             raise ValueError(f"{directory} holds no demonstration of {task}; collect some, or leave the task out")
         rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))

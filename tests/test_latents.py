@@ -74,13 +74,19 @@ def test_padding_of_the_classifier_bank_is_neither_success_nor_failure():
     assert padded[1].latent.deterministic.shape[0] == 5
 
 
-@pytest.mark.parametrize(("last", "steps"), [(0, [0]), (2, [0, 1, 2])])
-def test_starts_are_the_first_frames(last, steps):
+@pytest.mark.parametrize(("first", "last", "steps"), [(0, 0, [0]), (0, 2, [0, 1, 2]), (1, 2, [1, 2])])
+def test_starts_are_the_first_frames(first, last, steps):
     _, encoded = make_episodes()
-    bank = latents.start_bank(encoded, last)
+    bank = latents.start_bank(encoded, first, last)
     found = bank.deterministic[:, :2].tolist()
     assert found == [[index, step] for index in range(len(LENGTHS)) for step in steps]
     assert bank.logits.shape == (len(found), 4, 4)
+
+
+def test_an_episode_that_ends_before_the_first_start_gives_its_last_frame():
+    _, encoded = make_episodes((3, 9))
+    found = latents.start_bank(encoded, 4, 5).deterministic[:, :2].tolist()
+    assert found == [[0, 2], [1, 4], [1, 5]]
 
 
 def test_encoding_in_padded_batches_equals_encoding_alone():

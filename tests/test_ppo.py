@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from wam_jax import diffusion_policy, imagination, ppo
+from wam_jax import advantages, diffusion_policy, imagination, ppo
 from wam_jax.imagination import ImaginationInputs
 from wam_jax.types import LatentState
 
@@ -131,7 +131,7 @@ def test_gae_equals_a_slow_loop():
     rng = np.random.default_rng(0)
     reward, value, next_value = (rng.normal(size=(9, 5)).astype(np.float32) for _ in range(3))
     terminated, truncated = rng.random((9, 5)) < 0.2, rng.random((9, 5)) < 0.2
-    result = ppo.gae(reward, value, next_value, terminated, truncated, discount=0.9, gae_lambda=0.8)
+    result = advantages.gae(reward, value, next_value, terminated, truncated, discount=0.9, gae_lambda=0.8)
     expected = slow_gae(reward, value, next_value, terminated, truncated, 0.9, 0.8)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
@@ -139,8 +139,8 @@ def test_gae_equals_a_slow_loop():
 def test_truncation_bootstraps_and_termination_does_not():
     one, no, yes = jnp.ones((1, 1)), jnp.zeros((1, 1), bool), jnp.ones((1, 1), bool)
     static = {"discount": 0.5, "gae_lambda": 1.0}
-    assert ppo.gae(one, 0 * one, 4 * one, yes, no, **static)[0] == 1
-    assert ppo.gae(one, 0 * one, 4 * one, no, yes, **static)[0] == 3
+    assert advantages.gae(one, 0 * one, 4 * one, yes, no, **static)[0] == 1
+    assert advantages.gae(one, 0 * one, 4 * one, no, yes, **static)[0] == 3
 
 
 def test_reward_scale_is_the_variance_of_all_valid_returns():

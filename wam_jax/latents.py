@@ -122,9 +122,17 @@ def _pad_rows(x: Array, num_rows: int, value: int) -> np.ndarray:
     return np.concatenate([np.asarray(x), padding])
 
 
-def start_bank(latents: Sequence[LatentState], max_start_step: int) -> LatentState:
-    """The latents of the episodes' first frames, steps 0 to `max_start_step`: where imagination begins."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *[latent_at(x, slice(0, max_start_step + 1)) for x in latents])
+def start_bank(latents: Sequence[LatentState], first_step: int, last_step: int) -> LatentState:
+    """Where imagination begins: the episodes' latents from `first_step` to `last_step`, which have seen one frame more.
+
+    An episode that is too short for that gives its last latent.
+    """
+
+    def chosen(latent):
+        first = min(first_step, len(latent.deterministic) - 1)
+        return latent_at(latent, slice(first, last_step + 1))
+
+    return jax.tree.map(lambda *x: np.concatenate(x), *map(chosen, latents))
 
 
 def latent_at(latent: LatentState, index: slice | int) -> LatentState:

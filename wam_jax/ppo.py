@@ -2,6 +2,7 @@
 
 One `iteration` collects rollouts, estimates advantages and takes every gradient step; it compiles to one call. All
 arrays that it reads and does not train (start latents, world model, reward, base policy) are arguments, in one struct.
+`learn` is its second half, for rollouts of the environment itself (environment_rollouts.py).
 
 Keys of `settings` (the papers' values), besides those of imagination.py:
     critic_hidden_dim 256, critic_num_blocks 1
@@ -28,7 +29,6 @@ Where this differs from DPPO's code, on purpose:
 
 from typing import Any
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,12 @@ import optax
 from jax import lax
 
 from wam_jax import diffusion_policy, imagination
+from wam_jax.advantages import RewardScale, gae, scale_reward, valid_moments
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.imagination import ImaginationInputs, ImagineStep, RewardRule, Rollout
 from wam_jax.networks.denoiser import Critic
 from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
-from wam_jax.reward_scaling import RewardScale, scale_reward, valid_moments
 from wam_jax.types import Array, Metrics, Params
 
 
@@ -107,43 +107,6 @@ def init(rng: Array, base_policy_params: Params, state_dim: int, settings: Any) 
         reward_scale=RewardScale(*jnp.array([0.0, 1e-4, 1e-4])),  # DPPO's prior: variance 1, seen 1e-4 times
         iteration=jnp.zeros((), jnp.int32),
     )
-
-
-def gae(
-    reward: Array,
-    value: Array,
-    next_value: Array,
-    terminated: Array,
-    truncated: Array,
-    *,
-    discount: float,
-    gae_lambda: float,
-) -> tuple[Array, Array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), with termination apart from truncation.
-
-    Args:
-      reward: float32 [H, B].
-      value: float32 [H, B], of the state before the decision.
-      next_value: float32 [H, B], of the state after it, in the same episode.
-      terminated: bool [H, B], the episode ended for good: nothing is bootstrapped.
-      truncated: bool [H, B], the episode was cut: `next_value` is bootstrapped. Both cut the trace.
-      discount: per decision.
-      gae_lambda: per decision.
-
-    Returns:
-      advantage and value target, float32 [H, B].
-    """
-    chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
-    delta = reward + discount * next_value * ~terminated - value
-    decay = discount * gae_lambda * ~(terminated | truncated)
-
-    def backward(following, delta_and_decay):
-        delta, decay = delta_and_decay
-        advantage = delta + decay * following
-        return advantage, advantage
-
-    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True)
-    return advantage, advantage + value
 
 
 def clip_width(settings: Any, num_steps: int) -> Array:
@@ -345,7 +308,7 @@ def prepare(
     decisions = Decisions(flat_feature, chain, base_condition, log_prob, normalised, flat_target, valid)
     target_variance = valid_moments(target, episodes.valid, axis_name)[1]
     metrics = {
-        "imagined_success": pmean(imagination.success_rate(episodes), axis_name),
+        "success": pmean(imagination.success_rate(episodes), axis_name),
         "reward": valid_moments(episodes.reward, episodes.valid, axis_name)[0],
         "valid_decisions": count,
         "advantage_std": jnp.sqrt(variance),
@@ -385,9 +348,34 @@ def iteration(
     episodes = imagination.rollout(
         policy, inputs, rollout_rng, explore=True, imagine_step=imagine_step, reward_rule=reward_rule, **static
     )
-    decisions, scale, rollout_metrics = prepare(
-        state, episodes, inputs.base_policy_params, **static, axis_name=axis_name
-    )
-    state, metrics = update(state, decisions, inputs.base_policy_params, update_rng, **static, axis_name=axis_name)
-    state = state.replace(reward_scale=scale, iteration=state.iteration + 1)
-    return state, {**rollout_metrics, **metrics}
+    state, metrics = learn(state, episodes, inputs.base_policy_params, update_rng, **static, axis_name=axis_name)
+    return state, {"imagined_success": metrics.pop("success"), **metrics}
+
+
+def learn(
+    state: PPOState,
+    episodes: Rollout,
+    base_policy_params: Params,
+    rng: Array,
+    *,
+    policy_settings: Any,
+    settings: Any,
+    axis_name: str | None = None,
+) -> tuple[PPOState, Metrics]:
+    """All that an iteration learns from its rollouts, wherever they come from: see `prepare` and `update`.
+
+    Args:
+      state: training state.
+      episodes: H decisions of B episodes, by the state's policy.
+      base_policy_params: of the frozen base policy.
+      rng: one key.
+      policy_settings, settings: see diffusion_policy and the module.
+      axis_name: devices that train together.
+
+    Returns:
+      the next state and float32 scalar metrics; `success` is the share of the episodes that succeeded.
+    """
+    static = {"policy_settings": policy_settings, "settings": settings, "axis_name": axis_name}
+    decisions, scale, rollout_metrics = prepare(state, episodes, base_policy_params, **static)
+    state, metrics = update(state, decisions, base_policy_params, rng, **static)
+    return state.replace(reward_scale=scale, iteration=state.iteration + 1), {**rollout_metrics, **metrics}

@@ -17,7 +17,10 @@ from wam_jax import metrics as metrics_lib
 from wam_jax import parallel
 from wam_jax.checkpoints import Checkpointer
 
-SHOWN = ("loss", "reconstruction", "kl", "inverse_dynamics", "bc_loss", "accuracy", "imagined_success", "approx_kl")
+SHOWN = (
+    *("loss", "reconstruction", "kl", "inverse_dynamics", "bc_loss", "accuracy"),
+    *("imagined_success", "environment_success", "approx_kl"),
+)
 
 
 class Interruption:

@@ -38,7 +38,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "play_episodes": 600,
             "validation_episodes": 8,
             "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
-            "demonstrations_per_task": 50,  # WAM, DiWA
+            "demonstrations_per_task": 50,  # WAM, DiWA; of a dataset that holds more, the first
             "pictures": "drawn",  # CALVIN's simulator: see below; a policy must see what it was trained on
             "cache": "memory",  # frames "memory": decoded once; "mmap": once for all runs, on disk; "device"; "none"
         }
@@ -123,7 +123,10 @@ def get_config(method: str = "wam") -> ConfigDict:
         {
             "num_iterations": 800,  # WAM
             "num_rollouts": 50,  # WAM
-            "max_start_step": 0,  # imagination starts at a demonstration's first frame (DiWA)
+            "rollouts": "imagination",  # "environment": no imagination at all (DPPO); success is the oracle's
+            "starts": "demonstrations",  # of imagination (DiWA); "play": attempts at the task; "both"
+            "min_start_step": 0,  # imagination starts at frames from this one
+            "max_start_step": 0,  # to this one: at a demonstration's first (DiWA)
             "resample_latent": True,  # z of the start drawn anew for every rollout
             "batch_size": 7500,  # WAM: more decisions than there are, so one full-batch step an epoch
             "epochs": 10,  # WAM

@@ -1,10 +1,11 @@
-"""Running reward scale of PPO: rewards are divided by the standard deviation of discounted returns (DPPO).
+"""From rewards to advantages: a running scale (rewards over the standard deviation of discounted returns, DPPO), GAE.
 
 Keys of `settings`: discount, reward_clip 10.0.
 """
 
 from typing import Any
 
+import chex
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
@@ -63,3 +64,40 @@ def scale_reward(
     scale = RewardScale(mean=scale.mean + shift * count / total, squares=squares, count=total)
     scaled = reward / jnp.sqrt(squares / jnp.maximum(total - 1, 1) + 1e-8)
     return jnp.clip(scaled, -settings.reward_clip, settings.reward_clip), scale
+
+
+def gae(
+    reward: Array,
+    value: Array,
+    next_value: Array,
+    terminated: Array,
+    truncated: Array,
+    *,
+    discount: float,
+    gae_lambda: float,
+) -> tuple[Array, Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), with termination apart from truncation.
+
+    Args:
+      reward: float32 [H, B].
+      value: float32 [H, B], of the state before the decision.
+      next_value: float32 [H, B], of the state after it, in the same episode.
+      terminated: bool [H, B], the episode ended for good: nothing is bootstrapped.
+      truncated: bool [H, B], the episode was cut: `next_value` is bootstrapped. Both cut the trace.
+      discount: per decision.
+      gae_lambda: per decision.
+
+    Returns:
+      advantage and value target, float32 [H, B].
+    """
+    chex.assert_equal_shape([reward, value, next_value, terminated, truncated])
+    delta = reward + discount * next_value * ~terminated - value
+    decay = discount * gae_lambda * ~(terminated | truncated)
+
+    def backward(following, delta_and_decay):
+        delta, decay = delta_and_decay
+        advantage = delta + decay * following
+        return advantage, advantage
+
+    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True)
+    return advantage, advantage + value

@@ -1,0 +1,98 @@
+"""A run takes over from another what its config would make just the same, and nothing else."""
+
+import json
+import os
+
+import helpers
+import pytest
+
+from experiments import reuse
+from wam_jax import json_files, metrics
+
+TASK = "open_drawer"
+DATA = {"data/playtable_play", "data/playtable_demonstrations"}
+LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", f"ppo/{TASK}"}
+EVALUATION = {"evaluation/bc.json", "evaluation/bc.episodes.json"}
+
+
+def make_config(**changes):
+    config = helpers.make_config()
+    config.tasks = (TASK,)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A run with a file in each of its parts."""
+    folder = tmp_path / "source"
+    for name in (*DATA, "world_model", f"policy/{TASK}", f"reward/{TASK}", f"ppo/{TASK}", "ppo/close_drawer"):
+        (folder / name / "4").mkdir(parents=True)
+        (folder / name / "4" / "file").write_text(name)
+    (folder / "evaluation").mkdir()
+    for name in ("reward/quality.json", *EVALUATION):
+        (folder / name).write_text("{}")
+    (folder / "config.json").write_text(make_config().to_json_best_effort())
+    rows = [{"stage": stage, "step": 4, "loss": 0.5} for stage in ("world_model", f"ppo/{TASK}")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {*DATA, "world_model", *LATER, *EVALUATION}),
+        ({"ppo.save_every": 3, "num_devices": 2}, {*DATA, "world_model", *LATER, *EVALUATION}),
+        ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - {f"ppo/{TASK}"}),
+        ({"reward.threshold": 0.7}, {*DATA, "world_model", f"policy/{TASK}"}),
+        ({"policy.learning_rate": 0.1}, {*DATA, "world_model", f"reward/{TASK}", "reward/quality.json"}),
+        ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - {f"ppo/{TASK}"}),
+        ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model"}),
+        ({"world_model.kl_weight": 0.3}, DATA),
+        ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
+        ({"seed": 1}, set()),
+        ({"tasks": ("turn_on_led",)}, {*DATA, "world_model", "reward/quality.json", *EVALUATION}),
+    ],
+)
+def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expected):
+    workdir = tmp_path / "run"
+    assert set(reuse.take_over(make_config(**changes), str(workdir), str(source))) == expected
+    for name in expected:
+        assert os.path.exists(workdir / name)
+    if not expected:
+        return
+    assert json_files.read(str(workdir / "reused.json"), "") == dict.fromkeys(expected, str(source))
+    for stage in ("world_model", f"ppo/{TASK}"):
+        assert bool(metrics.read(str(workdir), stage)) == (stage in expected)
+
+
+def test_what_the_run_has_already_stays(source, tmp_path):
+    own = tmp_path / "run" / "world_model" / "2"
+    own.mkdir(parents=True)
+    taken = reuse.take_over(make_config(), str(tmp_path / "run"), str(source))
+    assert "world_model" not in taken and f"policy/{TASK}" in taken
+    assert os.listdir(own.parent) == ["2"]
+    assert reuse.take_over(make_config(), str(tmp_path / "run"), str(source)) == []
+
+
+def test_saves_under_way_are_left_behind(source, tmp_path):
+    (source / "world_model" / "6.orbax-checkpoint-tmp").mkdir()
+    reuse.take_over(make_config(), str(tmp_path / "run"), str(source))
+    assert os.listdir(tmp_path / "run" / "world_model") == ["4"]
+
+
+def test_an_option_that_came_after_the_other_run_counts_at_its_default(source, tmp_path):
+    old = json.loads((source / "config.json").read_text())
+    del old["ppo"]["starts"], old["world_model"]["soft_prior"]
+    (source / "config.json").write_text(json.dumps(old))
+    same = make_config(**{"world_model.soft_prior": False})
+    assert "world_model" in reuse.take_over(same, str(tmp_path / "same"), str(source))
+    other = make_config(**{"world_model.soft_prior": True})
+    assert "world_model" not in reuse.take_over(other, str(tmp_path / "other"), str(source))
+
+
+def test_a_source_that_is_no_run_is_named(source, tmp_path):
+    with pytest.raises(ValueError, match="--reuse=.*nowhere holds no run .*config.json.*; name the workdir of one"):
+        reuse.take_over(make_config(), str(tmp_path / "run"), str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="is this run's own workdir; name another run's"):
+        reuse.take_over(make_config(), str(source), str(source))

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from experiments import several_processes
+from experiments import config_values, several_processes
 from experiments.configs import base
 from wam_jax import (
     datasets,
@@ -40,18 +40,6 @@ _SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "de
 _POSITIVE = (
     *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
     *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip", "clip_rate"),
-)
-# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
-# the world model, say, would leave policies behind that were cloned on other latents.
-_FREE = (
-    "num_devices",
-    "evaluation.num_episodes",
-    "evaluation.batch_size",
-    ".tasks_at_once",
-    ".updates_per_call",
-    ".save_every",
-    ".cache",
-    ".prediction.",  # read by evaluate_prediction alone, which notes its values
 )
 
 
@@ -163,7 +151,7 @@ def check(config: ConfigDict) -> None:
         specs.task_index(task)
         if list(config.tasks).count(task) > 1:
             raise ValueError(f"config.tasks names {task!r} twice; name each task once")
-    _check_ranges(_flat(config.to_dict(), "config."))
+    _check_ranges(config_values.flat(config.to_dict(), "config."))
     specs.task_index(config.evaluation.video_task)
     num_devices = parallel.device_count(config.num_devices)
     for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
@@ -308,26 +296,18 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
     new = json.loads(config.to_json_best_effort())
     if os.path.exists(path) and _holds_work(workdir):
         old = json_files.read(path, "delete it if you know that the config of this run has not changed")
-        flat_old, flat_new = _flat(old), _flat(new)
-        # An option that came after the run was made changes nothing at the value that base.py gives it.
-        before = _flat(json.loads(base.get_config(config.method).to_json_best_effort()))
-        flat_old = {key: before[key] for key in flat_new if key in before} | flat_old
-        changed = sorted(
-            key
-            for key in {*flat_old, *flat_new}
-            if flat_old.get(key) != flat_new.get(key) and not any(part in f".{key}" for part in _FREE)
-        )
+        changed = list(config_values.differing(old, new).items())
         if changed:
-            key = changed[0]
+            key, (was, now) = changed[0]
             more = f" (and {len(changed) - 1} more differences)" if changed[1:] else ""
-            if key not in flat_new:
+            if key not in config_values.flat(new):
                 raise ValueError(
-                    f"{workdir} holds a run made by another version, with config.{key}={flat_old[key]!r}, which this "
-                    f"one does not know{more}; use that version, or another --workdir"
+                    f"{workdir} holds a run made by another version, with config.{key}={was!r}, which this one does "
+                    f"not know{more}; use that version, or another --workdir"
                 )
             raise ValueError(
-                f"{workdir} holds a run with config.{key}={flat_old.get(key)!r}, not {flat_new.get(key)!r}{more}; use "
-                "another --workdir, or the value it was made with"
+                f"{workdir} holds a run with config.{key}={was!r}, not {now!r}{more}; use another --workdir, or the "
+                "value it was made with"
             )
     json_files.write(path, new)
 
@@ -354,12 +334,6 @@ def _lock(workdir: str) -> None:
     except OSError as error:  # some network file systems have no locks
         logging.warning("%s is not locked: %s", workdir, error)
     _LOCKS.append(file)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
 def play_directory(config: FrozenConfigDict, workdir: str) -> str:

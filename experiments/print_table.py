@@ -34,16 +34,31 @@ TABLES = ("success", "prediction", "bc", "ppo", "differences")
 def main(argv: Sequence[str]) -> None:
     """Prints a Markdown table of every workdir named, and writes it where --output says."""
     output = _OUTPUT.value
-    if output and not output.endswith((".md", ".json")):
-        raise ValueError(f"--output={output} ends neither in .md nor in .json; name the file after what it is to hold")
+    check_output(output)
     text, values = build(
         _TABLE.value, argv, pool_seeds=_POOL_SEEDS.value, apart=_APART.value, against=_AGAINST.value
     )  # fmt: skip
     print(text)
-    if output.endswith(".json"):
-        json_files.write(output, values)
-    elif output:
-        json_files.write_text(output, text)
+    if output:
+        save(output, text, values)
+
+
+def check_output(path: str) -> None:
+    """Checks the name of a file to write; an empty one stands for none.
+
+    Raises:
+      ValueError: its ending is unknown.
+    """
+    if path and not path.endswith((".md", ".json")):
+        raise ValueError(f"--output={path} ends neither in .md nor in .json; name the file after what it is to hold")
+
+
+def save(path: str, text: str, values: Any) -> None:
+    """Writes what `build` returned: the values as JSON, or the Markdown."""
+    if path.endswith(".json"):
+        json_files.write(path, values)
+    else:
+        json_files.write_text(path, text)
 
 
 def build(

@@ -16,7 +16,9 @@ PREDICTION_NOTE = (
     "in its text and of 50 in the code it builds on."
 )
 
-SUCCESS = {  # by stage: Table III and Table IV, success in %; mean and, where given, what stands after its "+-"
+SUCCESS: dict[
+    str, dict[str, dict[str, tuple[float, ...]]]
+] = {  # by stage: Table III and Table IV, success in %; mean and, where given, what stands after its "+-"
     "bc": {
         "DiWA": {
             "open_drawer": (53.3,),

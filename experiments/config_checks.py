@@ -5,6 +5,7 @@ import math
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from experiments import config_values
 from experiments.configs import base
 from wam_jax import datasets, environments, input_pipeline, parallel, shards, specs, world_model
 
@@ -34,7 +35,7 @@ def check(config: ConfigDict) -> None:
         specs.task_index(task)
         if list(config.tasks).count(task) > 1:
             raise ValueError(f"config.tasks names {task!r} twice; name each task once")
-    _check_ranges(flatten(config.to_dict(), "config."))
+    _check_ranges(config_values.flat(config.to_dict(), "config."))
     specs.task_index(config.evaluation.video_task)
     num_devices = parallel.device_count(config.num_devices)
     for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
@@ -192,10 +193,3 @@ def _check_data(config: ConfigDict) -> None:
                 f"config.dataset.demonstrations={data.demonstrations} holds no demonstration of {', '.join(missing)}; "
                 "collect some, or leave the task out: --config.tasks=\"('open_drawer',)\""
             )
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """The values of nested sections by their dotted names."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}

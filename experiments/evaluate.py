@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from experiments import finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
 from experiments.configs import calvin_d, quickstart
-from wam_jax import environments, evaluation, imagination, tables, videos
+from wam_jax import environments, evaluation, imagination, json_files, tables, videos
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.environments.interface import Environment
 from wam_jax.types import LatentState, Observation, Params
@@ -65,9 +65,7 @@ def write_table(workdir: str) -> list[tables.Row]:
     paths = [os.path.join(workdir, "evaluation", f"{stage}.json") for stage in tables.STAGES]
     rows = [row for path in paths if os.path.exists(path) for row in tables.load(path)]
     tables.save(os.path.join(workdir, "table.json"), rows)
-    with open(os.path.join(workdir, "table.md.tmp"), "w") as file:
-        file.write(tables.markdown(rows))
-    os.replace(file.name, os.path.join(workdir, "table.md"))
+    json_files.write_text(os.path.join(workdir, "table.md"), tables.markdown(rows))
     return rows
 
 

@@ -11,9 +11,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from experiments import several_processes
-from experiments.config_checks import check, flatten
-from experiments.configs import base
+from experiments import config_values, several_processes
+from experiments.config_checks import check
 from wam_jax import host_memory, json_files, parallel
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/quickstart.py")
@@ -21,18 +20,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, che
 
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
 _LOCKS: list = []  # open lock files, for as long as the process lives
-# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
-# the world model, say, would leave policies behind that were cloned on other latents.
-_FREE = (
-    "num_devices",
-    "evaluation.num_episodes",
-    "evaluation.batch_size",
-    ".tasks_at_once",
-    ".updates_per_call",
-    ".save_every",
-    ".cache",
-    ".prediction.",  # read by evaluate_prediction alone, which notes its values
-)
 
 
 def main(
@@ -135,26 +122,18 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
     new = json.loads(config.to_json_best_effort())
     if os.path.exists(path) and _holds_work(workdir):
         old = json_files.read(path, "delete it if you know that the config of this run has not changed")
-        flat_old, flat_new = flatten(old), flatten(new)
-        # An option that came after the run was made changes nothing at the value that base.py gives it.
-        before = flatten(json.loads(base.get_config(config.method).to_json_best_effort()))
-        flat_old = {key: before[key] for key in flat_new if key in before} | flat_old
-        changed = sorted(
-            key
-            for key in {*flat_old, *flat_new}
-            if flat_old.get(key) != flat_new.get(key) and not any(part in f".{key}" for part in _FREE)
-        )
+        changed = list(config_values.differing(old, new).items())
         if changed:
-            key = changed[0]
+            key, (was, now) = changed[0]
             more = f" (and {len(changed) - 1} more differences)" if changed[1:] else ""
-            if key not in flat_new:
+            if key not in config_values.flat(new):
                 raise ValueError(
-                    f"{workdir} holds a run made by another version, with config.{key}={flat_old[key]!r}, which this "
-                    f"one does not know{more}; use that version, or another --workdir"
+                    f"{workdir} holds a run made by another version, with config.{key}={was!r}, which this one does "
+                    f"not know{more}; use that version, or another --workdir"
                 )
             raise ValueError(
-                f"{workdir} holds a run with config.{key}={flat_old.get(key)!r}, not {flat_new.get(key)!r}{more}; use "
-                "another --workdir, or the value it was made with"
+                f"{workdir} holds a run with config.{key}={was!r}, not {now!r}{more}; use another --workdir, or the "
+                "value it was made with"
             )
     json_files.write(path, new)
 

@@ -5,8 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from experiments.config_checks import flatten
-from experiments.configs import base
+from experiments import config_values
 from wam_jax import json_files, metrics
 
 # What each part of a workdir depends on: other parts, and keys or sections of the config.
@@ -21,7 +20,6 @@ _PARTS = {
     "ppo": ("policy", "reward", "ppo.", "evaluation.max_steps"),
     "evaluation": ("policy", "reward", "evaluation."),  # of the cloned policies
 }
-_FREE = (".num_devices", ".tasks_at_once", ".updates_per_call", ".save_every", ".cache", "evaluation.num_episodes")
 
 
 def take_over(config, workdir: str, source: str) -> list[str]:
@@ -46,11 +44,8 @@ def take_over(config, workdir: str, source: str) -> list[str]:
         raise ValueError(f"--reuse={source} holds no run (there is no {path}); name the workdir of one")
     if os.path.realpath(source) == os.path.realpath(workdir):
         raise ValueError(f"--reuse={source} is this run's own workdir; name another run's")
-    default = flatten(json.loads(base.get_config(config.method).to_json_best_effort()))
-    there = default | flatten(json_files.read(path, "name the workdir of another run"))
-    here = flatten(json.loads(config.to_json_best_effort()))
-    different = {key for key in {*there, *here} if there.get(key) != here.get(key)}
-    different = {key for key in different if not any(part in f".{key}" for part in _FREE)}
+    there = json_files.read(path, "name the workdir of another run")
+    different = config_values.differing(there, json.loads(config.to_json_best_effort()))
     taken = [
         name
         for part in _PARTS

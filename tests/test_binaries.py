@@ -13,7 +13,7 @@ import pytest
 import smoke_config
 from PIL import Image
 
-from wam_jax import metrics, specs, tables
+from wam_jax import intervals, metrics, specs, tables
 
 CONFIG = smoke_config.get_config()
 STAGES = ["world_model", *(f"{stage}/{task}" for stage in ("policy", "reward", "ppo") for task in CONFIG.tasks)]
@@ -113,7 +113,7 @@ def test_the_table_has_a_row_for_each_task_and_stage(chain):
         assert (row.environment, row.method, row.seed) == ("playtable", "wam", 0)
         assert (row.episodes, row.success) == (1, row.successes)
         assert 0 <= row.imagined_success <= 1
-        assert (row.low, row.high) == tables.wilson(row.successes, 1)
+        assert (row.low, row.high) == intervals.wilson(row.successes, 1)
     assert (workdir / "table.md").read_text() == tables.markdown(rows)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments import print_table
-from wam_jax import specs, tables
+from wam_jax import intervals, specs, tables
 
 
 def make_row(task="open_drawer", stage="bc", successes=8, episodes=10, **changes):
@@ -27,13 +27,13 @@ def lines(rows):
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson(successes, episodes, low, high):
-    assert tables.wilson(successes, episodes) == pytest.approx((low, high), abs=2e-4)
+    assert intervals.wilson(successes, episodes) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_a_row_says_rate_and_interval():
     row = make_row(imagined_success=0.5, seed=3)
     assert (row.success, row.imagined_success, row.seed) == (0.8, 0.5, 3)
-    assert (row.low, row.high) == tables.wilson(8, 10)
+    assert (row.low, row.high) == intervals.wilson(8, 10)
 
 
 def test_round_trip(tmp_path):
@@ -58,8 +58,13 @@ def test_a_line_for_each_task_and_a_column_for_each_stage():
 
 def test_seeds_of_a_cell_are_pooled():
     rows = [make_row(seed=0, successes=3, imagined_success=0.2), make_row(seed=1, successes=8, imagined_success=0.6)]
-    low, high = tables.wilson(11, 20)
-    assert lines(rows)["open drawer"] == [f"55.0 [{100 * low:.0f}, {100 * high:.0f}] (40)"]
+    (cell,) = lines(rows)["open drawer"]
+    low, high = map(int, cell.partition("[")[2].partition("]")[0].split(", "))
+    narrow = intervals.wilson(11, 20)  # of 20 episodes of one seed
+    assert cell == f"55.0 [{low}, {high}] (40)" and low < 100 * narrow[0] and high > 100 * narrow[1]
+    assert "% [95 % interval over seeds and episodes], 2 seeds of 10 episodes a task;" in tables.markdown(rows)
+    with pytest.raises(ValueError, match=r"open_drawer: 10 .seed 0., 20 .seed 1. episodes; evaluate all seeds"):
+        tables.markdown([make_row(), make_row(episodes=20, seed=1)])
 
 
 def test_the_mean_counts_every_task_alike():

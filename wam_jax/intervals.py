@@ -1,12 +1,79 @@
-"""Bootstrap intervals: of means over independent units, and of correlations over points in groups."""
+"""Intervals: of success, of paired differences, of means over units, and of correlations over points in groups."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 RESAMPLES = 1000
+TABLE_RESAMPLES = 10_000  # of success and its differences, where the last digit printed should not be the draw's
 LEVELS = (2.5, 97.5)  # percent: 95 % intervals
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate."""
+    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def of_success(successes: np.ndarray, episodes: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """Success averaged over tasks and training seeds, and its 95 % interval.
+
+    One seed: over its episodes, Wilson's; of several tasks their Wilson intervals by square-and-add (Zou and Donner
+    2008). Several seeds: seeds drawn anew, for all tasks together, then the episodes of each; never narrower than one
+    seed's with all these episodes would be, since a draw of nothing but successes has no width.
+
+    Args:
+      successes: int [S, T], of each seed and task.
+      episodes: int [T], of each seed.
+      seed: of the draws.
+
+    Returns:
+      mean, low and high.
+    """
+    successes, episodes = np.asarray(successes), np.asarray(episodes)
+    num_seeds, num_tasks = successes.shape
+    total, number = successes.sum(axis=0), num_seeds * episodes
+    rates = total / number
+    limits = np.array([wilson(int(k), int(n)) for k, n in zip(total, number, strict=True)])
+    margins = np.sqrt(np.square(limits - rates[:, None]).sum(axis=0)) / num_tasks
+    mean = float(rates.mean())
+    low, high = mean - margins[0], mean + margins[1]
+    if num_seeds > 1:
+        rng = np.random.default_rng(seed)
+        chosen = rng.integers(num_seeds, size=(TABLE_RESAMPLES, num_seeds))
+        drawn = rng.binomial(episodes, successes[chosen] / episodes) / episodes
+        drawn_low, drawn_high = np.percentile(drawn.mean(axis=(1, 2)), LEVELS)
+        low, high = min(low, drawn_low), max(high, drawn_high)
+    return mean, float(low), float(high)
+
+
+def of_pairs(differences: Sequence[np.ndarray], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Paired differences averaged over starts and training seeds, and their 95 % bootstrap intervals.
+
+    Each task's starts are drawn anew, and stay the same for all seeds, which met the same ones; several seeds are drawn
+    anew as well, for all tasks together.
+
+    Args:
+      differences: for each of T tasks [S, N_t], of each seed at each start.
+      seed: of the draws.
+
+    Returns:
+      mean, low and high, [T + 1] each: of every task, then of their mean.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds = len(differences[0])
+    weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), TABLE_RESAMPLES) / num_seeds
+    means, drawn = [], []
+    for values in differences:
+        kinds, counts = np.unique(values, axis=1, return_counts=True)  # starts that turned out alike are drawn as one
+        size = values.shape[1]
+        starts = rng.multinomial(size, counts / size, TABLE_RESAMPLES) / size
+        means.append(float(values.mean()))
+        drawn.append(((starts @ kinds.T) * weights).sum(axis=1))
+    means, drawn = [*means, float(np.mean(means))], [*drawn, np.mean(drawn, axis=0)]
+    low, high = np.percentile(drawn, LEVELS, axis=1)
+    return np.array(means), low, high
 
 
 def of_mean(values: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

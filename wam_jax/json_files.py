@@ -1,4 +1,4 @@
-"""JSON files of a run: written whole or not at all, and named where they cannot be read."""
+"""JSON files of a run, and texts: written whole or not at all, and named where they cannot be read."""
 
 import json
 import os
@@ -7,11 +7,15 @@ from typing import Any
 
 
 def write(path: str | Path, value: Any) -> None:
-    """Writes a JSON file, to a temporary name first; makes its folder."""
+    """Writes a JSON file, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file, to a temporary name first; makes its folder."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(text)
     os.replace(f"{path}.tmp", path)
 
 

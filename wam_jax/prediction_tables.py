@@ -7,23 +7,13 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from wam_jax import json_files
+from wam_jax import json_files, paper
 
 FILE = "prediction.json"
 METHODS = ("dreamer_v2", "wam")  # in the order of the printed columns
 CAMERAS = ("static", "gripper", "both")
 METRICS = {"psnr": "PSNR, dB (up)", "ssim": "SSIM (up)", "lpips": "LPIPS (down)", "fvd": "FVD (down)"}
 DECIMALS = {"psnr": 2, "ssim": 3, "lpips": 3, "fvd": 2}
-PAPER = {  # arXiv 2603.28955, Table I; mean and what stands after its "+-"
-    "dreamer_v2": {"psnr": (21.66, 2.20), "ssim": (0.807, 0.067), "lpips": (0.149, 0.073), "fvd": (12.13,)},
-    "wam": {"psnr": (22.10, 2.22), "ssim": (0.814, 0.061), "lpips": (0.144, 0.072), "fvd": (10.82,)},
-}
-PAPER_NOTE = (
-    "The paper's columns are CALVIN's scene D at its sizes (arXiv 2603.28955, Table I), so other pictures than "
-    "Playtable's. It does not say which camera, which window of SSIM, or what its ± is; its two models differ by less "
-    "than that. They were not trained alike: 230,000 updates for WAM, 2,000,000 for DreamerV2, each of 500 sequences "
-    "in its text and of 50 in the code it builds on."
-)
 _SAME = ("environment", "dataset", "windows", "context", "horizon")  # then windows can be compared one by one
 _NEEDED = (
     "environment",
@@ -96,7 +86,7 @@ def _cell(result: dict[str, Any], metric: str, camera: str) -> str:
 
 
 def _paper(method: str, metric: str) -> str:
-    return " ± ".join(f"{x:.{DECIMALS[metric]}f}" for x in PAPER[method][metric])
+    return " ± ".join(f"{x:.{DECIMALS[metric]}f}" for x in paper.PREDICTION[method][metric])
 
 
 def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -117,7 +107,7 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
         )
     if any("fvd" in result["metrics"] for result in results):
         notes.append("FVD of so few videos is too large, so only those of equally many are to be compared.")
-    return [line for note in (*notes, PAPER_NOTE) for line in (note, "")][:-1]
+    return [line for note in (*notes, paper.PREDICTION_NOTE) for line in (note, "")][:-1]
 
 
 def _paired(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wam_jax import evaluation, intervals, probes, specs, success_classifier, tables
+from wam_jax import evaluation, intervals, probes, specs, success_classifier
 from wam_jax.environments.interface import Environment
 from wam_jax.probes import Probe, Quantity
 from wam_jax.types import Array, Params, StepBatch
@@ -121,7 +121,7 @@ def _counted(hits: np.ndarray, of: np.ndarray) -> dict[str, Any]:
     count, total = int((hits & of).sum()), int(of.sum())
     if not total:
         return {"count": 0, "of": 0, "share": None, "low": None, "high": None}
-    low, high = tables.wilson(count, total)
+    low, high = intervals.wilson(count, total)
     return {"count": count, "of": total, "share": count / total, "low": low, "high": high}
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from scipy.stats import binomtest
+import numpy as np
 
-from wam_jax import json_files
+from wam_jax import intervals, json_files
 from wam_jax.specs import TASKS
 
 STAGES = ("expert", "bc", "ppo")  # in the order of the printed columns
@@ -54,17 +54,11 @@ def make_row(
     simulator: str = "",
 ) -> Row:
     """A row with its success rate and 95 % Wilson interval."""
-    low, high = wilson(successes, episodes)
+    low, high = intervals.wilson(successes, episodes)
     rate = successes / episodes
     return Row(
         environment, method, task, stage, successes, episodes, rate, low, high, imagined_success, seed, simulator
     )
-
-
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a success rate."""
-    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def save(path: str, rows: Sequence[Row | Episode]) -> None:
@@ -102,33 +96,78 @@ def _load(path: str, kind: type) -> list:
         raise ValueError(f"{path} is not a table of results ({error}); {mend}") from error
 
 
+def success(cells: Sequence[Sequence[Row]]) -> tuple[float, float, float]:
+    """Success over tasks and seeds with its 95 % interval, as `intervals.of_success` has it.
+
+    Args:
+      cells: of each task its rows, one for each seed.
+
+    Returns:
+      mean, low and high.
+
+    Raises:
+      ValueError: a seed stands twice, is missing from a task, or has another number of episodes than the others.
+    """
+    seeds = sorted(row.seed for row in cells[0])
+    for rows in cells:
+        name = f"{_title(_column(rows[0]))}, {rows[0].task}"
+        found = sorted(row.seed for row in rows)
+        for twice in sorted({seed for seed in found if found.count(seed) > 1}):
+            raise ValueError(f"two rows for {name}, seed {twice}; give each once")
+        if found != seeds:
+            raise ValueError(f"{name} has seeds {found}, {cells[0][0].task} has {seeds}; evaluate all of them")
+        if len({row.episodes for row in rows}) > 1:
+            counts = ", ".join(f"{row.episodes} (seed {row.seed})" for row in rows)
+            raise ValueError(f"{name}: {counts} episodes; evaluate all seeds with one config.evaluation.num_episodes")
+    ordered = [sorted(rows, key=lambda row: row.seed) for rows in cells]
+    successes = np.array([[row.successes for row in rows] for rows in ordered]).T
+    return intervals.of_success(successes, np.array([rows[0].episodes for rows in ordered]))
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table: a line per task, a column per (environment, method, stage), and the mean of complete columns.
 
-    Several seeds of one cell are pooled: their successes and episodes are added up.
+    A cell of several seeds is their mean, with an interval over seeds and episodes (`success`).
 
     Raises:
-      ValueError: two rows are the same evaluation, which would count its episodes twice.
+      ValueError: two rows are the same evaluation, which would count its episodes twice, or seeds are not alike.
     """
-    seen = set()
-    for row in rows:
-        key = (*_column(row), row.task, row.seed)
-        if key in seen:
-            raise ValueError(f"two rows for {_title(_column(row))}, {row.task}, seed {row.seed}; give each once")
-        seen.add(key)
     columns = sorted({_column(row) for row in rows}, key=lambda c: (c[0], STAGES.index(c[2]), c[1]))
     tasks = [task for task in TASKS if any(row.task == task for row in rows)]
-    cells = {(task, column): _pool(rows, task, column) for task in tasks for column in columns}
-    lines = [_line("task", [_title(c) for c in columns]), _line("---", ["---"] * len(columns))]
-    lines += [_line(task.replace("_", " "), [_cell(cells[task, c]) for c in columns]) for task in tasks]
-    lines.append(_line("**mean**", [_mean([cells[task, c] for task in tasks]) for c in columns]))
-    episodes = sorted({pool[1] for pool in cells.values() if pool})
+    cells = {
+        (task, column): [row for row in rows if row.task == task and _column(row) == column]
+        for task in tasks
+        for column in columns
+    }
+    lines = [line("task", [_title(c) for c in columns]), line("---", ["---"] * len(columns))]
+    lines += [line(task.replace("_", " "), [_cell(cells[task, c]) for c in columns]) for task in tasks]
+    lines.append(line("**mean**", [_mean([cells[task, c] for task in tasks]) for c in columns]))
+    episodes = sorted({row.episodes for row in rows})
+    seeds = sorted({len(cell) for cell in cells.values() if cell})
+    several = max(seeds, default=1) > 1
+    kind = "95 % interval over seeds and episodes" if several else "95 % Wilson interval"
+    counts = f"{join(seeds)} seeds of {join(episodes)}" if several else join(episodes)
     lines += [
         "",
-        f"Success in the environment, % [95 % Wilson interval], {' or '.join(map(str, episodes))} episodes a task; "
+        f"Success in the environment, % [{kind}], {counts} episodes a task; "
         "in parentheses: success of the same policy from the same starts imagined by the world model.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def line(first: str, cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {first} | {' | '.join(cells)} |"
+
+
+def join(values: Sequence[object]) -> str:
+    """Alternatives as text, "64 or 256"."""
+    return " or ".join(map(str, values))
+
+
+def percent(mean: float, low: float, high: float, decimals: int = 0) -> str:
+    """A success rate and its interval, as every table prints them; `decimals` are the interval's."""
+    return f"{100 * mean:.1f} [{100 * low:.{decimals}f}, {100 * high:.{decimals}f}]"
 
 
 def _column(row: Row) -> tuple[str, str, str]:
@@ -140,31 +179,23 @@ def _title(column: tuple[str, str, str]) -> str:
     return f"{environment}: {stage if method == '-' else f'{method} {stage}'}"
 
 
-def _pool(rows, task, column) -> tuple[int, int, float | None] | None:
-    chosen = [row for row in rows if row.task == task and _column(row) == column]
-    if not chosen:
-        return None
-    imagined = [row.imagined_success for row in chosen if row.imagined_success is not None]
-    mean_imagined = sum(imagined) / len(imagined) if imagined else None
-    return sum(row.successes for row in chosen), sum(row.episodes for row in chosen), mean_imagined
-
-
-def _cell(pool) -> str:
-    if pool is None:
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
         return ""
-    successes, episodes, imagined = pool
-    low, high = wilson(successes, episodes)
-    text = f"{100 * successes / episodes:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    imagined = _imagined(rows)
+    text = percent(*success([rows]))
     return text if imagined is None else f"{text} ({100 * imagined:.0f})"
 
 
-def _mean(pools) -> str:
-    if not all(pools):  # a mean over other tasks than the column beside it would mislead
+def _imagined(rows: Sequence[Row]) -> float | None:
+    known = [row.imagined_success for row in rows if row.imagined_success is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _mean(cells: Sequence[Sequence[Row]]) -> str:
+    if not all(cells):  # a mean over other tasks than the column beside it would mislead
         return ""
-    imagined = [pool[2] for pool in pools if pool[2] is not None]
-    text = f"**{100 * sum(pool[0] / pool[1] for pool in pools) / len(pools):.1f}**"
+    rates = [sum(row.success for row in rows) / len(rows) for rows in cells]
+    imagined = [value for value in map(_imagined, cells) if value is not None]
+    text = f"**{100 * sum(rates) / len(rates):.1f}**"
     return f"{text} ({100 * sum(imagined) / len(imagined):.0f})" if imagined else text
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"| {first} | {' | '.join(cells)} |"

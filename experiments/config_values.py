@@ -1,0 +1,57 @@
+"""The values of a config by their full names, and which of them tell two runs apart."""
+
+import json
+from typing import Any
+
+from experiments.configs import base
+
+# What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
+# the world model, say, would leave policies behind that were cloned on other latents.
+FREE = (
+    "num_devices",
+    "evaluation.num_episodes",
+    "evaluation.batch_size",
+    ".tasks_at_once",
+    ".updates_per_call",
+    ".save_every",
+    ".cache",
+    ".prediction.",  # read by evaluate_prediction alone, which notes its values
+)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their full names, "world_model.num_steps"."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}{name}.").items()}
+
+
+def defaults(method: str) -> dict[str, Any]:
+    """Every value that base.py gives a method, by its full name, as JSON has it.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    return flat(json.loads(base.get_config(method).to_json_best_effort()))
+
+
+def differing(first: dict, second: dict) -> dict[str, tuple[Any, Any]]:
+    """Which values tell two configs apart, by name in alphabetical order; None where a config lacks one.
+
+    An option that came after a config was written changes nothing at the value that base.py gives it, and the values of
+    FREE change nothing at all.
+
+    Args:
+      first: as config.json has it.
+      second: likewise.
+    """
+    one, other = flat(first), flat(second)
+    before = defaults(second["method"])
+    one, other = (
+        {key: before[key] for key in theirs if key in before} | own for own, theirs in ((one, other), (other, one))
+    )
+    return {
+        key: (one.get(key), other.get(key))
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key) and not any(part in f".{key}" for part in FREE)
+    }

@@ -1,0 +1,406 @@
+"""Tables III and IV and paired differences, of made-up runs whose answers are known by hand or by slow loops."""
+
+import json
+import math
+
+import helpers
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import print_table
+from experiments.configs import quickstart
+from wam_jax import specs, tables
+
+OPEN, CLOSE = specs.TASKS[:2]
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run: config.json, table.json and, of each stage, the episodes of the given outcomes."""
+
+    def make(name, outcomes, *, method="wam", seed=0, simulator="", **changes):
+        config = quickstart.get_config(method)
+        config.seed = seed
+        config.update_from_flattened_dict(changes)
+        return write(str(tmp_path / name), json.loads(config.to_json_best_effort()), outcomes, simulator)
+
+    return make
+
+
+def write(workdir, config, outcomes, simulator=""):
+    rows = []
+    for stage, tasks in outcomes.items():
+        episodes = []
+        for task, success in tasks.items():
+            success = np.asarray(success, bool)
+            fixed = {"environment": config["environment"], "method": config["method"], "seed": config["seed"]}
+            rows.append(
+                tables.make_row(
+                    task=task, stage=stage, successes=int(success.sum()), episodes=len(success), imagined_success=None,
+                    simulator=simulator, **fixed,
+                )
+            )  # fmt: skip
+            episodes += [tables.Episode(task, n, bool(success[n]), 72, simulator) for n in range(len(success))]
+        order = np.random.default_rng(len(workdir)).permutation(len(episodes))  # kept as they end, so in any order
+        tables.save(f"{workdir}/evaluation/{stage}.episodes.json", [episodes[i] for i in order])
+    tables.save(f"{workdir}/table.json", rows)
+    with open(f"{workdir}/config.json", "w") as file:
+        json.dump(config, file)
+    return workdir
+
+
+def of(successes, episodes=10):
+    """Outcomes of N episodes, the first of them successes."""
+    return np.arange(episodes) < successes
+
+
+def every_task(outcome):
+    return {task: outcome for task in specs.TASKS}
+
+
+def lines(text):
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in cells}) == 1
+    return {row[0]: row[1:] for row in cells}
+
+
+def wilson(successes, episodes):
+    interval = stats.binomtest(successes, episodes).proportion_ci(method="wilson")
+    return np.array([interval.low, interval.high])
+
+
+# --- Tables III and IV ---
+
+
+def test_table_three_stands_beside_the_paper_s(make_run):
+    baseline = make_run("a", {"bc": every_task(of(5))}, method="dreamer_v2")
+    wam = make_run("b", {"bc": every_task(of(8)) | {OPEN: of(10)}, "ppo": every_task(of(0))})
+    text, values = print_table.build("bc", [wam, baseline])
+    table = lines(text)
+    assert table["task"] == ["playtable: dreamer_v2", "playtable: wam", "paper: DiWA", "paper: WAM"]
+    low, high = 100 * wilson(10, 10)
+    assert table["open drawer"] == ["50.0 [24, 76]", f"100.0 [{low:.0f}, {high:.0f}]", "53.3", "73.3"]
+    assert table["turn off led"][1:] == ["80.0 [49, 94]", "not given", "not given"]
+    assert table["**mean**"][2:] == ["45.8 (abstract: 59.4)", "61.7 (abstract: 71.2)"]
+    # Eight independent rates: their margins add by squares.
+    margins = np.sqrt(7 * (wilson(8, 10) - 0.8) ** 2 + (wilson(10, 10) - 1) ** 2) / 8
+    mean = values["columns"][1]["mean"]
+    assert mean["mean"] == pytest.approx((7 * 0.8 + 1) / 8)
+    assert (mean["low"], mean["high"]) == pytest.approx((mean["mean"] - margins[0], mean["mean"] + margins[1]))
+    assert table["training seeds"][:2] == ["0", "0"] and table["episodes a task and seed"][:2] == ["10", "10"]
+    assert "another environment than the paper's" in text and "55.2" in text and "Wilson" in text
+    assert "several seeds" not in text and not any("steps" in label for label in table)
+
+
+def test_table_four_counts_the_steps_of_ppo_where_they_happen(make_run, tmp_path):
+    changes = {"ppo.num_iterations": 3, "ppo.num_rollouts": 5, "evaluation.max_steps": 24}
+    imagined = make_run("a", {"ppo": {OPEN: of(5)}}, **changes)
+    with open(f"{imagined}/config.json") as file:
+        config = json.load(file)
+    config["ppo"].pop("rollouts", None)  # written before the value existed
+    write(imagined, config, {"ppo": {OPEN: of(5)}})
+    config["ppo"].update(rollouts="environment", num_iterations=7)
+    online = write(str(tmp_path / "b"), config, {"ppo": {OPEN: of(9)}})
+    table = lines(print_table.build("ppo", [imagined, online])[0])
+    titles = ["playtable: wam, ppo.rollouts=environment", "playtable: wam, ppo.rollouts=imagination"]
+    assert table["task"][:2] == titles
+    assert table["imagined steps of PPO a task"] == ["0", "360", "about 5,000,000", "2,880,000"]
+    assert table["environment steps of PPO a task"] == ["840", "0", "0", "0"]
+    assert table["open drawer"] == ["90.0 [60, 98]", "50.0 [24, 76]", "74.44 ± 1.92", "96.7 ± 2.4"]
+    assert table["**mean**"] == ["", "", "83.74 (text: 79.8)", "92.88 (text: 92.8)"]  # ours are of one task
+    config["ppo"]["rollouts"] = "elsewhere"
+    with pytest.raises(ValueError, match="config.ppo.rollouts='elsewhere'; expected one of imagination, environment"):
+        print_table.build("ppo", [write(online, config, {"ppo": {OPEN: of(9)}})])
+
+
+def slow_hierarchical(successes, episodes, draws=2000):
+    """Percentiles of the mean of [S, T]: seeds for all tasks together, then each episode by itself."""
+    rng, means = np.random.default_rng(7), []
+    for _ in range(draws):
+        seeds = rng.integers(len(successes), size=len(successes))
+        numbers = rng.integers(episodes, size=(*successes.shape, episodes))
+        means.append(np.mean(numbers < successes[seeds][:, :, None]))  # the first of a seed's episodes succeeded
+    return np.percentile(means, [2.5, 97.5])
+
+
+def test_seeds_are_gathered_and_their_interval_respects_both_levels(make_run):
+    successes = np.array([[20, 30] + [20] * 6, [28, 36] + [28] * 6, [14, 38] + [14] * 6])
+    names = [
+        make_run(f"seed_{s}", {"bc": {t: of(k, 40) for t, k in zip(specs.TASKS, row, strict=True)}}, seed=s)
+        for s, row in enumerate(successes)
+    ]
+    text, values = print_table.build("bc", names[::-1])
+    (column,) = values["columns"]
+    assert (column["seeds"], column["episodes"], lines(text)["training seeds"][0]) == ([0, 1, 2], [40], "0, 1, 2")
+    for cell, counts in ((column["tasks"][OPEN], successes[:, :1]), (column["mean"], successes)):
+        assert cell["mean"] == pytest.approx(counts.mean() / 40)
+        assert (cell["low"], cell["high"]) == pytest.approx(slow_hierarchical(counts, 40), abs=0.015)
+        narrow = wilson(int(counts[:, 0].sum()), 120)
+        assert cell["high"] - cell["low"] > narrow[1] - narrow[0]  # seeds differ by more than their episodes
+    assert "With several seeds" in text and "With one seed" not in text
+    assert print_table.build("bc", names) == (text, values)
+
+
+def test_seeds_that_never_fail_are_not_certain(make_run):
+    names = [make_run(f"seed_{s}", {"bc": every_task(of(10))}, seed=s) for s in range(3)]
+    _, values = print_table.build("bc", names)
+    cell = values["columns"][0]["tasks"][OPEN]
+    assert (cell["low"], cell["high"]) == pytest.approx(tuple(wilson(30, 30)))
+
+
+def test_runs_of_other_configs_are_refused_or_stand_apart(make_run):
+    bc = {"bc": every_task(of(5))}
+    names = [make_run("a", bc), make_run("b", bc, seed=1, **{"policy.num_steps": 777})]
+    for table in ("bc", "differences"):
+        with pytest.raises(ValueError, match=r"a has config.policy.num_steps=\d+, .*b has 777: .* --apart=policy.num_"):
+            print_table.build(table, names)
+    with pytest.raises(ValueError, match="config.policy.num_steps"):
+        print_table.build("success", names, pool_seeds=True)
+    table = lines(print_table.build("bc", names, apart=["policy.num_steps"])[0])
+    assert table["task"][1] == "playtable: wam, policy.num_steps=777"
+    with pytest.raises(ValueError, match="no config has 'policy.steps'"):
+        print_table.build("bc", names, apart=["policy.steps"])
+    # What decides nothing may differ, and where data lie is said.
+    free = make_run("c", bc, seed=1, **{"ppo.tasks_at_once": 8, "evaluation.batch_size": 3, "dataset.play": "play"})
+    text, values = print_table.build("bc", [names[0], free])
+    assert values["columns"][0]["seeds"] == [0, 1]
+    assert "Seeds of playtable: wam had different dataset.play: its own, play." in text
+
+
+def test_what_tells_the_methods_apart_besides_the_action_loss_is_said(make_run):
+    bc = {"bc": every_task(of(5))}
+    wam = make_run("a", bc, **{"world_model.num_steps": 50})
+    text, _ = print_table.build("bc", [wam, make_run("b", bc, method="dreamer_v2")])
+    assert "The configs of playtable: dreamer_v2 and playtable: wam also differ in world_model.num_steps." in text
+
+
+def test_no_run_counts_twice(make_run):
+    names = [make_run(name, {"bc": every_task(of(5)), "ppo": every_task(of(5))}) for name in ("a", "b")]
+    for table in ("bc", "ppo", "differences"):
+        with pytest.raises(ValueError, match="b are both playtable: wam, seed 0: their episodes would count twice"):
+            print_table.build(table, names)
+        with pytest.raises(ValueError, match="count twice"):
+            print_table.build(table, [names[0], names[0]])
+
+
+def test_what_a_table_lacks_is_named(make_run, tmp_path):
+    run = make_run("a", {"bc": {OPEN: of(5), CLOSE: of(5)}})
+    with pytest.raises(
+        ValueError, match="a/table.json has no rows of stage ppo; run experiments.evaluate --policy=ppo"
+    ):
+        print_table.build("ppo", [run])
+    with pytest.raises(ValueError, match="b/table.json has 0 rows of close_drawer at stage bc, expected one"):
+        print_table.build("bc", [run, make_run("b", {"bc": {OPEN: of(5)}}, seed=1)])
+    with pytest.raises(ValueError, match=r"open_drawer: 10 .seed 0., 20 .seed 1. episodes"):
+        print_table.build("bc", [run, make_run("c", {"bc": {OPEN: of(5, 20), CLOSE: of(5)}}, seed=1)])
+    with open(f"{run}/config.json", "w") as file:
+        json.dump({"method": "wam"}, file)
+    with pytest.raises(ValueError, match="a/config.json has no environment, seed, .*take the run's own"):
+        print_table.build("bc", [run])
+    (tmp_path / "a/config.json").unlink()
+    with pytest.raises(ValueError, match="no .*a/config.json; every run writes one"):
+        print_table.build("bc", [run])
+
+
+def test_a_config_of_another_run_is_refused(make_run, tmp_path):
+    run, other = (make_run(name, {"bc": {OPEN: of(5)}}, seed=seed) for name, seed in (("a", 0), ("b", 1)))
+    (tmp_path / "a/config.json").write_text((tmp_path / "b/config.json").read_text())
+    with pytest.raises(ValueError, match="row of playtable, wam, seed 0, its config.json says playtable, wam, seed 1"):
+        print_table.build("bc", [run, other])
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ("bc", {"against": ["x"]}, "--against belongs to --table=differences, not to bc"),
+        ("success", {"apart": ["seed"]}, "--apart belongs to --table=bc or ppo or differences, not to success"),
+        ("ppo", {"pool_seeds": True}, "--pool_seeds belongs to --table=success, not to ppo"),
+    ],
+)
+def test_an_option_of_another_table_is_refused(table, options, message):
+    with pytest.raises(ValueError, match=message):
+        print_table.build(table, ["somewhere"], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "runs"),
+    [
+        ("playtable", "bc", ("dreamer_v2", "wam")),
+        ("playtable", "ppo", ("dreamer_v2", "wam")),
+        ("calvin_d_scripted", "bc", ("wam",)),
+        ("calvin_d_scripted", "ppo", ("wam",)),
+    ],
+)
+def test_the_published_tables_are_those_of_the_command(name, stage, runs):
+    folder = helpers.ROOT / "docs/results" / name
+    assert (folder / f"{stage}.md").read_text() == print_table.build(stage, [str(folder / run) for run in runs])[0]
+
+
+def test_the_command_writes_what_it_prints(make_run, tmp_path):
+    run = make_run("a", {"bc": every_task(of(5))})
+    text, values = print_table.build("bc", [run])
+    done = helpers.run_python(
+        "-m", "experiments.print_table", "--table=bc", run, f"--output={tmp_path}/new/bc.md"
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.rstrip("\n")) == (0, text.rstrip("\n")), done.stderr
+    assert (tmp_path / "new/bc.md").read_text() == text
+    print_table.save(f"{tmp_path}/bc.json", text, values)
+    assert json.loads((tmp_path / "bc.json").read_text()) == json.loads(json.dumps(values))
+    with pytest.raises(ValueError, match="--output=bc.txt ends neither in .md nor in .json"):
+        print_table.check_output("bc.txt")
+
+
+# --- Differences ---
+
+
+def correlated(rng, shape, *, flips, gain):
+    """Two policies' outcomes that mostly share their starts' difficulty; the first gains some more."""
+    second = rng.random(shape) < 0.6
+    first = np.where(rng.random(shape) < flips, ~second, second) | (rng.random(shape) < gain)
+    return first, second
+
+
+def test_a_difference_is_paired_by_start(make_run):
+    first, second = correlated(np.random.default_rng(0), 200, flips=0.05, gain=0.1)
+    run = make_run("a", {"bc": {OPEN: second, CLOSE: of(3)}, "ppo": {OPEN: first, CLOSE: of(3)}})
+    text, values = print_table.build("differences", [run])
+    (column,) = values["columns"]
+    cell = column["tasks"][OPEN]
+    more, less = int((first & ~second).sum()), int((~first & second).sum())
+    assert (cell["first_only"], cell["second_only"]) == (more, less)
+    assert cell["mean"] == pytest.approx(100 * (first.mean() - second.mean()))
+    assert cell["p"] == pytest.approx(
+        min(1, 2 * sum(math.comb(more + less, i) for i in range(less + 1)) / 2 ** (more + less))
+    )
+    difference = 100.0 * (first.astype(float) - second)
+    paired = stats.bootstrap(
+        (difference,), np.mean, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert (cell["low"], cell["high"]) == pytest.approx((paired.low, paired.high), abs=0.8)
+    unpaired = stats.bootstrap(
+        (first, second), lambda x, y, axis: 100 * (x.mean(axis) - y.mean(axis)), method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert cell["high"] - cell["low"] < 0.8 * (unpaired.high - unpaired.low)
+    assert column["tasks"][CLOSE] == dict(mean=0, low=0, high=0, first_only=0, second_only=0, p=1)
+    mean = column["mean"]
+    assert (mean["mean"], mean["first_only"], mean["p"]) == (pytest.approx(cell["mean"] / 2), more, cell["p"])
+    assert (mean["low"], mean["high"]) == pytest.approx((cell["low"] / 2, cell["high"] / 2), abs=0.4)
+    table = lines(text)
+    assert table["task"] == ["playtable: wam, ppo - bc"] and table["close drawer"] == [
+        "+0.0 [+0.0, +0.0] (0 : 0; p 1.000)"
+    ]
+    assert (
+        table["open drawer"][0].startswith(f"{cell['mean']:+.1f} [")
+        and f"({more} : {less}; p " in table["open drawer"][0]
+    )
+
+
+def slow_crossed(differences, draws=2000):
+    """Percentiles of the mean of [T][S, N]: seeds for all tasks together, starts for all seeds together."""
+    rng, means = np.random.default_rng(3), []
+    for _ in range(draws):
+        seeds = rng.integers(len(differences[0]), size=len(differences[0]))
+        drawn = [values[seeds][:, rng.integers(values.shape[1], size=values.shape[1])].mean() for values in differences]
+        means.append(np.mean(drawn))
+    return np.percentile(means, [2.5, 97.5])
+
+
+def test_several_seeds_are_drawn_with_the_starts(make_run):
+    rng = np.random.default_rng(0)
+    hard = {task: rng.random(30) for task in (OPEN, CLOSE)}  # of each start, for every seed
+    outcomes, names = {}, []
+    for seed in range(3):
+        for method, skill in (("dreamer_v2", 0.4), ("wam", 0.5 + 0.1 * seed)):
+            outcomes[method, seed] = {task: (hard[task] < skill) ^ (rng.random(30) < 0.1) for task in hard}
+            names.append(make_run(f"{method}{seed}", {"bc": outcomes[method, seed]}, method=method, seed=seed))
+    text, values = print_table.build("differences", names)
+    (column,) = values["columns"]
+    assert (column["title"], column["seeds"]) == ("playtable: wam - dreamer_v2, bc", [0, 1, 2])
+    differences = [
+        100.0 * np.array([outcomes["wam", s][task].astype(int) - outcomes["dreamer_v2", s][task] for s in range(3)])
+        for task in hard
+    ]
+    cells = {**column["tasks"], "mean": column["mean"]}
+    for name, parts in ((OPEN, differences[:1]), (CLOSE, differences[1:]), ("mean", differences)):
+        cell = cells[name]
+        assert cell["mean"] == pytest.approx(np.mean(parts))
+        assert (cell["low"], cell["high"]) == pytest.approx(slow_crossed(parts), abs=1.5)
+        assert cell["first_only"] == sum(int((values > 0).sum()) for values in parts)
+        assert cell["p"] is None  # starts are shared, so the pairs of several seeds are not independent
+    assert "; p " not in text and "Several seeds are drawn anew" in text
+
+
+def test_a_seed_is_drawn_for_all_tasks_together(make_run):
+    """One of two seeds gains everything everywhere: with 8 tasks drawn apart, no mean would reach 0 or 100."""
+    names = [make_run(f"seed_{s}", {"bc": every_task(of(0)), "ppo": every_task(of(10 * s))}, seed=s) for s in range(2)]
+    mean = print_table.build("differences", names)[1]["columns"][0]["mean"]
+    assert (mean["mean"], mean["low"], mean["high"]) == (50, 0, 100)
+
+
+def test_the_runs_named_minus_those_of_against(make_run):
+    base = make_run("base", {"bc": {OPEN: of(2)}, "ppo": {OPEN: of(4)}}, **{"world_model.open_loop_weight": 0.5})
+    ours = make_run("ours", {"bc": {OPEN: of(5)}, "ppo": {OPEN: of(3)}}, **{"world_model.open_loop_weight": 2.0})
+    text, values = print_table.build("differences", [ours], against=[base])
+    assert [column["mean"]["mean"] for column in values["columns"]] == pytest.approx([30, -10])
+    assert "Their configs differ in world_model.open_loop_weight (2.0, 0.5)." in text
+    other = make_run("other", {"bc": {OPEN: of(2)}}, seed=1)
+    with pytest.raises(ValueError, match="seeds 0 and 1; differences pair equal seeds"):
+        print_table.build("differences", [ours], against=[other])
+    with pytest.raises(ValueError, match="the runs named are of several configs .*; name the seeds of one"):
+        print_table.build(
+            "differences", [ours, make_run("b", {"bc": {OPEN: of(2)}}, method="dreamer_v2")], against=[base]
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "simulator", "message"),
+    [
+        (
+            {"evaluation.seed": 7},
+            "",
+            "config.evaluation.seed=1000, .* has 7: their episodes of one number do not begin",
+        ),
+        ({"evaluation.max_steps": 36}, "", "config.evaluation.max_steps=72, .* has 36"),
+        ({}, "pybullet 1", "were evaluated in different simulators .* / pybullet 1.; evaluate both in one"),
+    ],
+)
+def test_episodes_of_other_starts_are_not_paired(make_run, changes, simulator, message):
+    first, second = (
+        make_run("a", {"bc": {OPEN: of(2)}}),
+        make_run("b", {"bc": {OPEN: of(2)}}, simulator=simulator, **changes),
+    )
+    with pytest.raises(ValueError, match=message):
+        print_table.build("differences", [first], against=[second])
+
+
+def change_episodes(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_episodes_that_are_missing_double_or_others_are_named(make_run, tmp_path):
+    outcomes = {"bc": {OPEN: of(2)}, "ppo": {OPEN: of(4)}}
+    path = tmp_path / "a/evaluation/ppo.episodes.json"
+    run = make_run("a", outcomes)
+    extra = {"task": OPEN, "number": 10, "success": True, "steps": 3, "simulator": ""}
+    change_episodes(path, lambda episodes: [*episodes, extra])  # of a longer evaluation before: not in the row
+    assert print_table.build("differences", [run])[1]["columns"][0]["mean"]["mean"] == pytest.approx(20)
+    change_episodes(path, lambda episodes: [*episodes, extra])
+    with pytest.raises(ValueError, match="ppo.episodes.json has episode 10 of open_drawer twice"):
+        print_table.build("differences", [run])
+    change_episodes(path, lambda episodes: [e for e in episodes if e["number"] not in (3, 10)])
+    with pytest.raises(ValueError, match="lacks 1 of 10 episodes of open_drawer, the first is number 3"):
+        print_table.build("differences", [run])
+    change_episodes(path, lambda episodes: [*episodes, extra | {"number": 3, "success": False}])
+    with pytest.raises(ValueError, match="has 3 successes of open_drawer, table.json has 4"):
+        print_table.build("differences", [run])
+    path.unlink()
+    with pytest.raises(ValueError, match="no .*ppo.episodes.json: differences are paired by start .*holds rows alone"):
+        print_table.build("differences", [run])
+
+
+def test_runs_with_nothing_to_compare_are_named(make_run):
+    run = make_run("a", {"bc": {OPEN: of(2)}})
+    with pytest.raises(ValueError, match="nothing to compare in .*a: differences need the stages bc and ppo"):
+        print_table.build("differences", [run])

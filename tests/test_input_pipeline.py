@@ -281,7 +281,8 @@ def test_a_raw_cache_that_finds_no_room_says_so_and_leaves_nothing(tmp_path):
     done = helpers.run_python("-c", script, str(tmp_path))
     last = done.stderr.strip().splitlines()[-1]
     assert re.fullmatch(
-        rf"OSError: {tmp_path}/raw-train cannot be written \(.*File too large.*\); it takes 0.000223 GB: make room.*", last
+        rf"OSError: {tmp_path}/raw-train cannot be written \(.*File too large.*\); it takes 0.000223 GB: make room.*",
+        last,
     )
     assert not list(tmp_path.glob("raw-train*/*"))
     assert len(take(tmp_path, 1, "mmap")) == 1

@@ -38,6 +38,17 @@ class Checkpointer:
         """The steps of all checkpoints that are kept, rising."""
         return sorted(self._manager.all_steps())
 
+    def starts(self) -> list[int]:
+        """The steps that this stage can go on from, rising: those of its checkpoints, and 0 before the second."""
+        steps = self.steps()
+        return steps if len(steps) > 1 else [0, *steps]
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def save(self, step: int, state: Any, settings: dict) -> None:
         """Saves in the background; returns once the arrays are copied to the host."""
         if step == self.latest_step():

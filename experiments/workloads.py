@@ -87,12 +87,11 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
     name, small = "world_model_update_quickstart", _quickstart(config, devices)
     found[name] = functools.partial(world_model_update, small, name)
+    fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
-    fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
-    for name, trained in (("training", fast), ("training_quickstart", small)):
-        for cache in input_pipeline.CACHES:
-            found[f"{name}/{cache}"] = functools.partial(training, trained, name, cache)
+        found[f"training/{cache}"] = functools.partial(training, fast, "training", cache)
+        found[f"training_quickstart/{cache}"] = functools.partial(training, small, "training_quickstart", cache)
     found["dispatch"] = functools.partial(dispatch, config)
     return found | {"playtable_step": playtable_step, "playtable_render": playtable_render}
 
@@ -117,8 +116,8 @@ def training(config: FrozenConfigDict, name: str, cache: str) -> FedProgram:
 def dispatch(config: FrozenConfigDict) -> Program:
     """What a call costs beside its updates: one that only counts, with the whole state of the world model."""
     devices = parallel.local_devices(config.num_devices)
-    model = world_model.build(config.world_model)
-    state = jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0))
+    create = functools.partial(world_model.create_state, world_model.build(config.world_model))
+    state = jax.jit(create)(jax.random.key(0))
 
     def count(state, batch, rng):
         return state.replace(step=state.step + 1), {"loss": batch}
@@ -174,10 +173,9 @@ def imagination(config: FrozenConfigDict) -> Program:
     rng = jax.random.key(0)
     latent = made_up.latents(config, NUM_LATENTS)
     action = made_up.uniform((NUM_LATENTS, IMAGINED_STEPS, specs.ACTION_DIM))
-    imagine = functools.partial(world_model.imagine, model)
 
     def last(params, latent, action, rng):
-        return jax.tree.map(lambda x: x[:, -1], imagine(params, latent, action, rng))
+        return jax.tree.map(lambda x: x[:, -1], world_model.imagine(model, params, latent, action, rng))
 
     return Program(
         name="imagination",

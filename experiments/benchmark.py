@@ -12,6 +12,7 @@ that size; with the file of one device as the baseline, that is weak scaling (on
 """
 
 import dataclasses
+import functools
 import os
 import signal
 import statistics
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +30,17 @@ from tqdm import tqdm
 
 from experiments import launch, workloads
 from experiments.configs import base
-from experiments.workloads import Workload
+from experiments.workloads import FedProgram, Feed, Program, Workload
 from wam_jax import json_files, metrics
+from wam_jax.input_pipeline import Batches
 
 _LEAST_CALLS, _MOST_CALLS = 5, 200
 # What is left out unless it is asked for: on a CPU what takes a minute a call; elsewhere what would make the whole take
 # more than ten minutes, compilation included.
 _LEFT_OUT = {
-    "cpu": ("bfloat16", "50x50", "of_tasks"),
+    "cpu": ("bfloat16", "50x50", "of_tasks", "training/"),
     "others": (
-        *("4x50", "10x50", "without_bc", "training/none", "training/memory"),
+        *("4x50", "10x50", "without_bc", "training/none", "training/memory", "training_quickstart"),
         *(f"{name}/float32" for name in ("imagination", "bc_update", "ppo_iteration", "of_tasks", "encoder")),
     ),
 }
@@ -165,7 +168,8 @@ def measure(workload: Workload, matmul: float) -> Row:
     waits: list[float] = []
     call, compile_s, peak_bytes = _compile(workload, waits)
     wall, cpu, calls = _time(call)
-    getattr(workload.feed, "close", lambda: None)()  # or its threads would work beside the next workload
+    if isinstance(workload, Feed | FedProgram):
+        workload.feed.close()  # or its threads would work beside the next workload
     on_cpu = jax.default_backend() == "cpu"
     seconds = cpu if on_cpu else wall * workload.devices
     return Row(
@@ -201,14 +205,15 @@ def _compile(workload: Workload, waits: list[float]) -> tuple[Callable[[], None]
       what makes a call, the seconds that compilation took, and the bytes that the compiler plans.
     """
 
-    def fetch():
+    def fetch(feed: Batches) -> Any:
         start = time.perf_counter()
-        batch = jax.block_until_ready(next(workload.feed))
+        batch = jax.block_until_ready(next(feed))
         waits.append(time.perf_counter() - start)
         return batch
 
-    if workload.program is None:
-        return fetch, 0.0, 0
+    if isinstance(workload, Feed):
+        return functools.partial(fetch, workload.feed), 0.0, 0
+    assert isinstance(workload, Program)
     start = time.perf_counter()
     compiled = workload.program.lower(*workload.arguments).compile()
     compile_s = time.perf_counter() - start
@@ -217,8 +222,8 @@ def _compile(workload: Workload, waits: list[float]) -> tuple[Callable[[], None]
     arguments = list(jax.block_until_ready(jax.device_put(workload.arguments)))
 
     def call() -> None:
-        if workload.feed:
-            arguments[1] = fetch()
+        if isinstance(workload, FedProgram):
+            arguments[1] = fetch(workload.feed)
         result = jax.block_until_ready(compiled(*arguments))
         if workload.carried:
             arguments[0] = result[0]

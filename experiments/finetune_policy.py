@@ -149,10 +149,15 @@ def start_bank(config, workdir: str, task: str) -> LatentState:
 
 
 def groups(tasks: list[str], inputs: dict, workdir: str, size: int) -> list[list[str]]:
-    """Up to `size` tasks each that can be one program: at the same iteration, with start banks of the same size."""
+    """Up to `size` tasks each that can be one program: at the same iteration, with start banks of the same size.
+
+    A run that was killed between the saves of a group left some tasks a checkpoint ahead: they go back to the others.
+    """
+    starts = {task: training.starts(workdir, stage(task)) for task in tasks}
+    newest = {steps[-1] for steps in starts.values()}
     alike: dict[tuple, list[str]] = {}
     for task in tasks:
-        key = training.steps_done(workdir, stage(task)), len(inputs[task].start.deterministic)
+        key = min(newest.intersection(starts[task])), len(inputs[task].start.deterministic)
         alike.setdefault(key, []).append(task)
     return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 

@@ -1,4 +1,4 @@
-"""Compares every shard of datasets with its checksum, then decodes every field of every step.
+"""Compares every shard of datasets and their raw caches with the checksums, then decodes every field of every step.
 
 python -m experiments.verify_dataset shards/calvin_d runs/mine/data/playtable_play
 
@@ -8,7 +8,7 @@ Exits 1 with a line for each fault.
 import sys
 from collections.abc import Sequence
 
-from wam_jax import cli, datasets
+from wam_jax import cli, datasets, raw_cache
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _faults(directory: str) -> list[str]:
     try:
-        return datasets.verify(directory)
+        return datasets.verify(directory) + raw_cache.verify(directory)
     except ValueError as error:
         return [str(error)]
 

@@ -1,8 +1,9 @@
 """What `benchmark` measures: each stage's own compiled program on made-up inputs of a config's sizes."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from wam_jax import imagination as imagination_lib
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
+from wam_jax.input_pipeline import Batches
 from wam_jax.networks import recurrence
 from wam_jax.types import StepBatch
 
@@ -28,23 +30,42 @@ NUM_FRAMES = 29  # that a policy sees at once: the episodes of a task
 _BATCHES = (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts"), ("ppo", "batch_size"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A program and its arguments."""
+    """What a call works on."""
 
     name: str
+    variant: str = ""  # of the same name: where an input pipeline's data lie
     dtype: str  # that it computes in
     batch: int  # over all devices
     length: int  # steps of each of the batch; 1 where there are none
     devices: int
     items: int  # a call works on
     unit: str  # of the items
-    program: Any  # jitted or pmapped; None: the feed alone
-    arguments: tuple
-    feed: Iterator[Any] | None = None  # its next item is what a call gets, as the program's second argument
-    variant: str = ""  # of the same name: where an input pipeline's data lie
-    carried: bool = False  # whether a call's first result is the next one's first argument, whose memory it takes
     flops: int = 0  # matrix products and convolutions of a call, over all devices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Feed(Workload):
+    """A call waits for a batch."""
+
+    feed: Batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program(Workload):
+    """A call runs a compiled program."""
+
+    program: Any  # jitted or pmapped
+    arguments: tuple
+    carried: bool = False  # whether a call's first result is the next one's first argument, whose memory it takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedProgram(Program):
+    """A call waits for a batch, the program's second argument, and runs the program."""
+
+    feed: Batches
 
 
 def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
@@ -66,70 +87,42 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
     name, small = "world_model_update_quickstart", _quickstart(config, devices)
     found[name] = functools.partial(world_model_update, small, name)
+    fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
-    for cache in input_pipeline.CACHES:
-        found[f"training/{cache}"] = functools.partial(training, config, small, cache)
+        found[f"training/{cache}"] = functools.partial(training, fast, "training", cache)
+        found[f"training_quickstart/{cache}"] = functools.partial(training, small, "training_quickstart", cache)
     found["dispatch"] = functools.partial(dispatch, config)
     return found | {"playtable_step": playtable_step, "playtable_render": playtable_render}
 
 
-def world_model_update(config: FrozenConfigDict, name: str) -> Workload:
+def world_model_update(config: FrozenConfigDict, name: str) -> Program:
     """One dispatch of updates, as `train_world_model` makes it."""
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     num_updates = _updates_per_call(settings, on_cpu=1)
     batch = made_up.steps((len(devices), num_updates, settings.batch_size // len(devices), settings.window_length))
-    update, state, flops_of_one = _world_model_update(settings, jax.tree.map(lambda x: x[0, 0], batch))
-    return Workload(
-        name=name,
-        dtype=settings.compute_dtype,
-        batch=settings.batch_size,
-        length=settings.window_length,
-        devices=len(devices),
-        items=num_updates * settings.batch_size * settings.window_length,
-        unit="frames",
-        program=parallel.compile_updates(update, devices),
-        arguments=(parallel.replicate(state, devices), parallel.shard(batch, devices), 0, 0),
-        carried=True,
-        flops=len(devices) * num_updates * flops_of_one,
-    )
+    return Program(name=name, **_world_model_updates(config, num_updates, parallel.shard(batch, devices)))
 
 
-def training(config: FrozenConfigDict, small: FrozenConfigDict, cache: str) -> Workload:
-    """The same, fed by the input pipeline; on a CPU the quickstart's world model, which asks most of it."""
-    on_cpu = jax.default_backend() == "cpu"
-    config = small if on_cpu else _changed(config, "world_model", compute_dtype="bfloat16")
+def training(config: FrozenConfigDict, name: str, cache: str) -> FedProgram:
+    """The same, fed by the input pipeline."""
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     num_updates = _updates_per_call(settings, on_cpu=NUM_FED_UPDATES)
-    one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
-    update, state, flops_of_one = _world_model_update(settings, one)
     batches, cut = _batches(settings, len(devices), num_updates, cache)
-    return Workload(
-        name="training",
-        variant=cache,
-        dtype=settings.compute_dtype,
-        batch=settings.batch_size,
-        length=settings.window_length,
-        devices=len(devices),
-        items=num_updates * settings.batch_size * settings.window_length,
-        unit="frames",
-        program=parallel.compile_updates(update, devices, take=cut),
-        arguments=(parallel.replicate(state, devices), next(batches), 0, 0),
-        feed=batches,
-        carried=True,
-        flops=len(devices) * num_updates * flops_of_one,
-    )
+    updates = _world_model_updates(config, num_updates, next(batches), take=cut)
+    return FedProgram(name=name, variant=cache, feed=batches, **updates)
 
 
-def dispatch(config: FrozenConfigDict) -> Workload:
+def dispatch(config: FrozenConfigDict) -> Program:
     """What a call costs beside its updates: one that only counts, with the whole state of the world model."""
     devices = parallel.local_devices(config.num_devices)
-    _, state, _ = _world_model_update(config.world_model)
+    create = functools.partial(world_model.create_state, world_model.build(config.world_model))
+    state = jax.jit(create)(jax.random.key(0))
 
     def count(state, batch, rng):
         return state.replace(step=state.step + 1), {"loss": batch}
 
-    return Workload(
+    return Program(
         name="dispatch",
         dtype="float32",
         batch=len(devices),
@@ -143,16 +136,27 @@ def dispatch(config: FrozenConfigDict) -> Workload:
     )
 
 
-def _world_model_update(settings, one: Any = None) -> tuple[Callable, Any, int]:
-    """The update of a device, the state before it and, for windows `one` of a device, its FLOPs."""
+def _world_model_updates(
+    config: FrozenConfigDict, num_updates: int, batch: Any, take: Callable | None = None
+) -> dict[str, Any]:
+    """What workloads of the world model's updates have in common: most fields of a Program."""
+    settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     model = world_model.build(settings)
     state = jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0))
-    update = functools.partial(world_model.update, model=model)
-    return (
-        functools.partial(update, axis_name=parallel.AXIS_NAME),
-        state,
-        0 if one is None else update_flops(settings, one),
-    )
+    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+    one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
+    return {
+        "dtype": settings.compute_dtype,
+        "batch": settings.batch_size,
+        "length": settings.window_length,
+        "devices": len(devices),
+        "items": num_updates * settings.batch_size * settings.window_length,
+        "unit": "frames",
+        "program": parallel.compile_updates(update, devices, take=take),
+        "arguments": (parallel.replicate(state, devices), batch, 0, 0),
+        "carried": True,
+        "flops": len(devices) * num_updates * update_flops(settings, one),
+    }
 
 
 def update_flops(settings, batch: StepBatch) -> int:
@@ -163,18 +167,17 @@ def update_flops(settings, batch: StepBatch) -> int:
         return flops.count(functools.partial(world_model.update, model=model), state, batch, jax.random.key(0))
 
 
-def imagination(config: FrozenConfigDict) -> Workload:
+def imagination(config: FrozenConfigDict) -> Program:
     """The prior alone: open-loop steps from some latents under given actions."""
     model, params = _world_model(config)
     rng = jax.random.key(0)
     latent = made_up.latents(config, NUM_LATENTS)
     action = made_up.uniform((NUM_LATENTS, IMAGINED_STEPS, specs.ACTION_DIM))
-    imagine = functools.partial(world_model.imagine, model)
 
     def last(params, latent, action, rng):
-        return jax.tree.map(lambda x: x[:, -1], imagine(params, latent, action, rng))
+        return jax.tree.map(lambda x: x[:, -1], world_model.imagine(model, params, latent, action, rng))
 
-    return Workload(
+    return Program(
         name="imagination",
         dtype=config.world_model.compute_dtype,
         batch=NUM_LATENTS,
@@ -188,7 +191,7 @@ def imagination(config: FrozenConfigDict) -> Workload:
     )
 
 
-def bc_update(config: FrozenConfigDict) -> Workload:
+def bc_update(config: FrozenConfigDict) -> Program:
     """One dispatch of updates of one task's policy, as `train_policy` makes it."""
     devices, settings = parallel.local_devices(config.num_devices), train_policy.policy_settings(config)
     num_updates = _updates_per_call(config.policy, on_cpu=10)
@@ -197,7 +200,7 @@ def bc_update(config: FrozenConfigDict) -> Workload:
     state = train_policy.initial_state(config, config.tasks[0])
     state = diffusion_policy.set_statistics(state, rows.latent, settings=settings)
     update = functools.partial(diffusion_policy.update_from_bank, settings=settings)
-    return Workload(
+    return Program(
         name="bc_update",
         dtype=settings.compute_dtype,
         batch=config.policy.batch_size,
@@ -214,7 +217,7 @@ def bc_update(config: FrozenConfigDict) -> Workload:
     )
 
 
-def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int = 1) -> Workload:
+def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int = 1) -> Program:
     """One iteration, as `finetune_policy` makes it: rollouts in imagination and all their updates."""
     devices, settings = parallel.local_devices(config.num_devices), finetune_policy.ppo_settings(config)
     model, params = _world_model(config)
@@ -242,7 +245,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
         program = jax.vmap(program, in_axes=(0, imagination_lib.TASK_AXES, 0))
         inputs = imagination_lib.stack_tasks([inputs] * num_tasks)
         state, seed = jax.tree.map(lambda x: np.stack([x] * num_tasks), state), np.arange(num_tasks, dtype=np.int32)
-    return Workload(
+    return Program(
         name="ppo_iteration",
         variant=variant,
         dtype=config.world_model.compute_dtype,
@@ -258,17 +261,17 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
     )
 
 
-def ppo_iteration_without_bc(config: FrozenConfigDict) -> Workload:
+def ppo_iteration_without_bc(config: FrozenConfigDict) -> Program:
     """Without the regulariser, whose chains and log-probabilities are nearly half of the work."""
     return ppo_iteration(_changed(config, "ppo", bc_weight=0.0), variant="without bc")
 
 
-def ppo_iteration_of_tasks(config: FrozenConfigDict) -> Workload:
+def ppo_iteration_of_tasks(config: FrozenConfigDict) -> Program:
     """One iteration of eight tasks as one program."""
     return ppo_iteration(config, variant=f"{NUM_TASKS} tasks", num_tasks=NUM_TASKS)
 
 
-def encoder(config: FrozenConfigDict) -> Workload:
+def encoder(config: FrozenConfigDict) -> Program:
     """Frames of as many episodes as an evaluation runs at once, embedded and filtered: what a policy waits for."""
     model, params = _world_model(config)
     observation = jax.tree.map(lambda x: x[:, 0], made_up.steps((NUM_FRAMES, 1)).observation)
@@ -280,7 +283,7 @@ def encoder(config: FrozenConfigDict) -> Workload:
         jax.random.key(0),
     )
     step = functools.partial(world_model.observe_step, model)
-    return Workload(
+    return Program(
         name="encoder",
         dtype=config.world_model.compute_dtype,
         batch=NUM_FRAMES,
@@ -294,7 +297,7 @@ def encoder(config: FrozenConfigDict) -> Workload:
     )
 
 
-def playtable_step() -> Workload:
+def playtable_step() -> Program:
     """Control steps of many tables side by side."""
 
     def run(state, actions):
@@ -303,7 +306,7 @@ def playtable_step() -> Workload:
 
         return jax.lax.scan(step, state, actions)[0]
 
-    return Workload(
+    return Program(
         name="playtable_step",
         dtype="float32",
         batch=NUM_TABLES,
@@ -316,9 +319,9 @@ def playtable_step() -> Workload:
     )
 
 
-def playtable_render() -> Workload:
+def playtable_render() -> Program:
     """Both cameras of many tables."""
-    return Workload(
+    return Program(
         name="playtable_render",
         dtype="float32",
         batch=NUM_TABLES,
@@ -335,24 +338,25 @@ def window_batches(config: FrozenConfigDict, cache: str) -> Workload:
     """The input pipeline alone: batches of windows on the devices; with "device" what cuts them out there."""
     devices, settings = parallel.local_devices(config.num_devices), config.world_model
     batches, cut = _batches(settings, len(devices), NUM_FED_UPDATES, cache)
-    keep = parallel.compile_updates(lambda state, batch, rng: (state, batch), devices, take=cut) if cut else None
-    return Workload(
-        name="input_pipeline",
-        variant=cache,
-        dtype="uint8",
-        batch=settings.batch_size,
-        length=settings.window_length,
-        devices=len(devices),
-        items=NUM_FED_UPDATES * settings.batch_size * settings.window_length,
-        unit="frames",
-        program=keep,
-        arguments=(parallel.replicate(np.zeros(()), devices), next(batches), 0, 0) if keep else (),
-        feed=None if keep else batches,
-        carried=keep is not None,
-    )
+    described: dict[str, Any] = {
+        "name": "input_pipeline",
+        "variant": cache,
+        "dtype": "uint8",
+        "batch": settings.batch_size,
+        "length": settings.window_length,
+        "devices": len(devices),
+        "items": NUM_FED_UPDATES * settings.batch_size * settings.window_length,
+        "unit": "frames",
+    }
+    if cut is None:
+        return Feed(feed=batches, **described)
+    keep = parallel.compile_updates(lambda state, batch, rng: (state, batch), devices, take=cut)
+    with contextlib.closing(batches):
+        arguments = parallel.replicate(np.zeros(()), devices), next(batches), 0, 0
+    return Program(program=keep, arguments=arguments, carried=True, **described)
 
 
-def _batches(settings, num_devices: int, num_updates: int, cache: str) -> tuple[Iterator[Any], Callable | None]:
+def _batches(settings, num_devices: int, num_updates: int, cache: str) -> tuple[Batches, Callable | None]:
     """Batches for `num_updates` of a call, and what cuts windows out of those that lie on the devices."""
     batches = input_pipeline.make_batches(
         made_up.dataset(), "train", settings.batch_size, settings.window_length, 0,

@@ -58,7 +58,7 @@ def test_what_is_not_known_is_named(flag, message):
     "label",
     [
         *("world_model_update/4x50/float32", "imagination/bfloat16", "bc_update/float32", "encoder/float32"),
-        *("dispatch", "training/device", "training/none"),
+        *("dispatch", "training/device", "training_quickstart/none"),
         *("ppo_iteration_without_bc/float32", "ppo_iteration_of_tasks/float32"),
         *("input_pipeline/device", "input_pipeline/memory", "playtable_render"),
     ],
@@ -72,7 +72,7 @@ def test_workloads_run_call_after_call(label, monkeypatch):
     name, *rest = label.split("/")
     assert name.startswith(row.name) and min(row.items, row.calls) > 0
     assert row.dtype == ("uint8" if name == "input_pipeline" else "bfloat16" if "bfloat16" in rest else "float32")
-    fed = name == "training" or label == "input_pipeline/memory"
+    fed = name.startswith("training") or label == "input_pipeline/memory"
     assert (row.waiting_s is not None) == fed
     assert (row.share_of_matmul is not None) == (row.flops > 0)
 

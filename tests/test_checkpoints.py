@@ -1,6 +1,7 @@
 """Checkpoints: what is restored is what was saved, or an error says why not."""
 
 import functools
+import resource
 import shutil
 
 import helpers
@@ -161,6 +162,18 @@ def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
     checkpointer.close()
     assert step in (1, 2)  # the second where the machine was fast enough
     assert (restored["x"] == step - 1).all()
+
+
+def test_a_save_that_finds_no_room_says_so_and_leaves_the_checkpoint_before(tmp_path):
+    save(tmp_path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}: a checkpoint could not be saved .*make room, and run the same"):
+            save(tmp_path, (2,), size=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    helpers.assert_equal(restore(tmp_path)["step"], np.int32(1))
 
 
 def test_the_directory_of_a_stage_may_be_relative(tmp_path, monkeypatch):

@@ -45,18 +45,24 @@ def free_port():
         return free.getsockname()[1]
 
 
-def test_two_processes_train_as_one_with_as_many_devices(data, tmp_path):
-    flags = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
-    two = [command(data, tmp_path / "two", *flags, f"--process_id={index}") for index in range(2)]
-    first, second = run_processes(two)
+@pytest.fixture(scope="module")
+def one_process(data, tmp_path_factory):
+    """The workdir of a training by one process with two devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    run_processes([command(data, workdir)], XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    return workdir
+
+
+@pytest.mark.parametrize("cache", ["memory", "device"])
+def test_two_processes_train_as_one_with_as_many_devices(data, one_process, tmp_path, cache):
+    flags = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", f"--config.dataset.cache={cache}"]
+    first, second = run_processes([command(data, tmp_path, *flags, f"--process_id={index}") for index in range(2)])
     assert "world_model: 100%" in first and "world_model:" not in second
-    run_processes([command(data, tmp_path / "one")], XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    rows = {name: metrics.read(str(tmp_path / name), "world_model") for name in ("one", "two")}
-    assert [row["step"] for row in rows["two"]] == [1, 2]
-    for one, other in zip(rows["one"], rows["two"], strict=True):
+    rows = [metrics.read(str(workdir), "world_model") for workdir in (one_process, tmp_path)]
+    assert [row["step"] for row in rows[1]] == [1, 2]
+    for one, other in zip(*rows, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    loaded = [params(data, tmp_path / name) for name in ("one", "two")]
-    helpers.assert_close(*loaded, rtol=1e-4, atol=1e-6)
+    helpers.assert_close(params(data, one_process), params(data, tmp_path), rtol=1e-4, atol=1e-6)
 
 
 def params(data, workdir):

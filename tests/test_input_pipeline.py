@@ -1,5 +1,6 @@
 """Windows stay within episodes, come in an order that is a function of (seed, step), and bad input is named."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import verify_dataset
 from wam_jax import datasets, input_pipeline, rlds
 from wam_jax.types import Observation, StepBatch
 
@@ -259,6 +261,31 @@ def test_a_raw_cache_is_made_once_and_anew_for_other_shards(tmp_path, monkeypatc
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="raw-train is damaged .*delete it, it is then made anew"):
         take(tmp_path / "b", 1, "mmap")
+
+
+def test_a_raw_cache_that_changed_is_found(tmp_path, capsys):
+    helpers.write_dataset(tmp_path, "windows", {"train": [make_episode(0, 9)]})
+    take(tmp_path, 1, "mmap")
+    verify_dataset.main([str(tmp_path)])
+    path = tmp_path / "raw-train" / "action.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit) as error:
+        verify_dataset.main([str(tmp_path)])
+    assert re.fullmatch(f"error: {path}: SHA-256 is .*; delete {path.parent}, it is then made anew", error.value.code)
+
+
+def test_a_raw_cache_that_finds_no_room_says_so_and_leaves_nothing(tmp_path):
+    helpers.write_dataset(tmp_path, "windows", {"train": [make_episode(0, 9)]})
+    script = "import resource, sys; from wam_jax import raw_cache; limit = 2 * (50_000,)\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, limit); raw_cache.load(sys.argv[1], 'train')"
+    done = helpers.run_python("-c", script, str(tmp_path))
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"OSError: {tmp_path}/raw-train cannot be written \(.*File too large.*\); it takes 0.000223 GB: make room.*",
+        last,
+    )
+    assert not list(tmp_path.glob("raw-train*/*"))
+    assert len(take(tmp_path, 1, "mmap")) == 1
 
 
 def test_closing_ends_every_thread(directory):

@@ -1,6 +1,7 @@
 """Several tasks as one program: the same as one after another, with checkpoints and metrics of their own."""
 
 import functools
+import shutil
 
 import helpers
 import jax
@@ -46,9 +47,21 @@ def test_stages_trained_together_equal_those_one_after_another_with_a_resume(tmp
         helpers.assert_close(toys.fit(tmp_path / "joint", 12, stage=stage), alone, rtol=1e-5)  # a checkpoint of its own
 
 
+@pytest.mark.parametrize(("at", "kept"), [(4, []), (8, [4])])
+def test_a_run_that_was_killed_between_its_saves_equals_one_that_was_not(tmp_path, at, kept):
+    whole = toy_together(tmp_path / "whole", 12)
+    toy_together(tmp_path / "killed", at)
+    shutil.rmtree(tmp_path / "killed" / "b" / str(at))
+    assert [int(path.name) for path in (tmp_path / "killed" / "b").iterdir()] == kept
+    helpers.assert_equal(toy_together(tmp_path / "killed", 12), whole)
+    for stage in ("a", "b"):
+        assert toys.rows(tmp_path / "killed", stage) == toys.rows(tmp_path / "whole", stage)
+        assert toys.latest_step(tmp_path / "killed" / stage) == 12
+
+
 def test_stages_at_different_steps_are_not_trained_together(tmp_path):
-    toys.fit(tmp_path, 4, stage="a")
-    with pytest.raises(ValueError, match="a stands at step 4, but b at 0"):
+    toys.fit(tmp_path, 8, stage="a")
+    with pytest.raises(ValueError, match="cannot go on from the same step: a from 4 or 8, b from 0; train them apart"):
         toy_together(tmp_path, 8)
 
 
@@ -81,7 +94,8 @@ def test_tasks_fine_tuned_together_equal_those_one_after_another():
 
 
 def test_tasks_share_a_program_at_the_same_iteration_with_banks_of_one_size(tmp_path):
-    toys.fit(tmp_path, 4, stage="ppo/turn_on_led")
+    toys.fit(tmp_path, 8, stage="ppo/turn_on_led")
+    toys.fit(tmp_path, 4, stage="ppo/close_drawer")  # its first save, killed before open_drawer's
 
     def inputs(size):
         return imagination.ImaginationInputs(LatentState(np.zeros((size, 2)), None, None), {}, {}, {})

@@ -1,7 +1,9 @@
 """Checkpoints of every stage, through Orbax: written to a temporary name and renamed, restored onto any devices."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,14 +40,29 @@ class Checkpointer:
         """The steps of all checkpoints that are kept, rising."""
         return sorted(self._manager.all_steps())
 
+    def starts(self) -> list[int]:
+        """The steps that this stage can go on from, rising: those of its checkpoints, and 0 before the second."""
+        steps = self.steps()
+        return steps if len(steps) > 1 else [0, *steps]
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def save(self, step: int, state: Any, settings: dict) -> None:
-        """Saves in the background; returns once the arrays are copied to the host."""
+        """Saves in the background; returns once the arrays are copied to the host.
+
+        Raises:
+          OSError: this save, or the one before it, failed: for want of room, say.
+        """
         if step == self.latest_step():
             return
         state = jax.tree.map(np.asarray, state)
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings))
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(settings))
+        with self._failure_named():
+            self._manager.save(step, args=args)
 
     def restore(self, template: Any, settings: dict, step: int | None = None) -> Any:
         """Restores a state as host arrays.
@@ -71,13 +88,28 @@ class Checkpointer:
             raise ValueError(f"{self.directory}/{step} cannot be read ({reason}); {_MEND}") from error
 
     def wait(self) -> None:
-        """Blocks until every save is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until every save is on disk.
+
+        Raises:
+          OSError: one failed.
+        """
+        with self._failure_named():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases the manager's threads."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _failure_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever Orbax and TensorStore say of a disk
+            raise OSError(
+                f"{self.directory}: a checkpoint could not be saved ({' '.join(str(error).split())[:200]}); make room, "
+                "and run the same command: it goes on from the checkpoint before"
+            ) from error
 
     def _check_size(self, template, settings, step):
         try:

@@ -198,7 +198,14 @@ def verify(directory: str | Path) -> list[str]:
     Raises:
       ValueError: no complete dataset there, or one without checksums.
     """
-    if faults := shards.compare_checksums(directory, shards.written(directory)):
+    again = f"{shards.INFO_FILE} there and run the command that wrote the dataset again"
+    faults = shards.compare_checksums(
+        directory,
+        shards.written(directory),
+        f"delete it and {again}: it writes this shard anew",
+        no_checksums=f"delete {again}: it keeps the shards and writes their checksums",
+    )
+    if faults:
         return faults
     builder = open_builder(directory)
     for split in builder.info.splits:

@@ -203,8 +203,8 @@ def make_batches(
       num_devices: D, of this process; 0 means all it has.
       updates_per_dispatch: N, updates that one batch is for.
       cache: "none" reads and decodes each window from disk; "memory" decodes every episode once, before the first
-        batch; "mmap" maps raw files, made once for all runs; "device" keeps all frames on the devices (one process
-        only). All give the same windows.
+        batch; "mmap" maps raw files, made once for all runs; "device" keeps all frames on the devices of all
+        processes. All give the same windows.
       process_index: of this process.
       process_count: how many processes share each batch, in disjoint parts.
       prefetch: batches held ready on the devices.
@@ -225,13 +225,18 @@ def make_batches(
         )
     devices = parallel.local_devices(num_devices)
     parallel.check_batch_size(batch_size, len(devices) * process_count)
-    windows = Windows(datasets.episode_lengths(directory, split), length, seed)
+    lengths = datasets.episode_lengths(directory, split)
+    windows, first = Windows(lengths, length, seed), _firsts(lengths)
     if cache == "device":
-        if process_count > 1:
-            raise ValueError("cache='device' is for one process; choose 'mmap' or 'none'")
-        return _resident_batches(
-            directory, split, windows, batch_size, start_step, devices, updates_per_dispatch, prefetch
-        )
+        frames = _resident_frames(raw_cache.load(directory, split), length, devices, process_index, process_count)
+
+        def point(step: int) -> ResidentBatch:
+            numbers = range(step * batch_size, (step + updates_per_dispatch) * batch_size)
+            starts = np.array([first[episode] + start for episode, start in map(windows, numbers)], np.int32)
+            starts = starts.reshape(updates_per_dispatch, batch_size)
+            return ResidentBatch(*frames, parallel.replicate(starts, devices))
+
+        return Batches(point, start_step, updates_per_dispatch, prefetch)
     store = STORES[cache](directory, split)
     pool = ThreadPoolExecutor(datasets.num_threads(), thread_name_prefix="windows")
 
@@ -251,9 +256,8 @@ def make_batches(
 class ResidentBatch:
     """All frames of a split, divided over the devices, and which windows of them each of N updates takes."""
 
-    steps: StepBatch  # [D, M, ...], whole episodes, padded to the same M
+    steps: StepBatch  # [D, M + T - 1, ...]: M frames a device, and those of the windows that reach beyond them
     first: Array  # int32 [D], the split's frame that a device begins with
-    count: Array  # int32 [D], frames of a device without the padding
     starts: Array  # int32 [D, N, B], first frames of the windows of all devices, counted over the split
 
 
@@ -273,7 +277,7 @@ def take_windows(batch: ResidentBatch, starts: Array, *, length: int, axis_name:
       [B / D, T, ...].
     """
     local = starts - batch.first
-    owned = (local >= 0) & (local < batch.count)
+    owned = (local >= 0) & (local <= batch.steps.is_first.shape[0] - length)
     local = jnp.where(owned, local, 0)
 
     def take(x: Array) -> Array:
@@ -287,57 +291,27 @@ def take_windows(batch: ResidentBatch, starts: Array, *, length: int, axis_name:
     return jax.tree.map(take, batch.steps)
 
 
-def _resident_batches(
-    directory: str | Path,
-    split: str,
-    windows: Windows,
-    batch_size: int,
-    start_step: int,
-    devices: list[jax.Device],
-    updates_per_dispatch: int,
-    prefetch: int,
-) -> Batches:
-    steps = raw_cache.load(directory, split)
-    first = _firsts(datasets.episode_lengths(directory, split))
-    if len(first) - 1 < len(devices):
-        raise ValueError(
-            f"cache='device' divides episodes over {len(devices)} devices, and {directory} has {len(first) - 1} in "
-            f"{split!r}; take fewer devices or another cache"
-        )
-    bounds = _divide(first, len(devices))
-    size = int(max(np.diff(bounds)))
+def _resident_frames(
+    steps: StepBatch, length: int, devices: list[jax.Device], process_index: int, process_count: int
+) -> tuple[StepBatch, Array]:
+    """Puts this process's part of the frames [N, ...] on its devices: `steps` and `first` of a ResidentBatch."""
+    num_frames, num_parts = len(steps.is_first), len(devices) * process_count
+    size = -(-num_frames // num_parts)  # of windows that begin in a part
+    first = size * (process_index * len(devices) + np.arange(len(devices)))
 
     def part(x: np.ndarray) -> jax.Array:
-        padded = np.zeros((len(devices), size, *x.shape[1:]), x.dtype)
-        for row, low, high in zip(padded, bounds, bounds[1:], strict=False):
-            row[: high - low] = x[low:high]
+        padded = np.zeros((len(devices), size + length - 1, *x.shape[1:]), x.dtype)
+        for row, begin in zip(padded, first, strict=True):
+            held = x[begin : begin + len(row)]
+            row[: len(held)] = held
         return parallel.shard(padded, devices)
 
-    resident = jax.tree.map(part, steps)
-    count = parallel.shard(np.diff(bounds).astype(np.int32), devices)
-    begin = parallel.shard(np.array(bounds[:-1], np.int32), devices)
-
-    def load(step: int) -> ResidentBatch:
-        numbers = range(step * batch_size, (step + updates_per_dispatch) * batch_size)
-        starts = np.array([first[episode] + start for episode, start in map(windows, numbers)], np.int32)
-        starts = starts.reshape(updates_per_dispatch, batch_size)
-        return ResidentBatch(resident, begin, count, parallel.replicate(starts, devices))
-
-    return Batches(load, start_step, updates_per_dispatch, prefetch)
+    return jax.tree.map(part, steps), parallel.shard(first.astype(np.int32), devices)
 
 
 def _firsts(lengths: Sequence[int]) -> np.ndarray:
     """The first frame of each episode, and one past the last, [len(lengths) + 1]."""
     return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _divide(first: np.ndarray, parts: int) -> list[int]:
-    """Cuts between episodes that divide the frames about evenly: first frames of each part, and one past the last."""
-    cuts, episodes = [0], len(first) - 1
-    for part in range(1, parts):
-        nearest = int(np.abs(first - first[-1] * part / parts).argmin())
-        cuts.append(min(max(nearest, cuts[-1] + 1), episodes - (parts - part)))  # each part gets an episode
-    return [int(first[cut]) for cut in (*cuts, episodes)]
 
 
 def _load_windows(

@@ -1,10 +1,12 @@
 """A split decoded once to raw arrays on disk, memory-mapped: any window is there at the speed of the page cache.
 
 It lies beside the shards, in `raw-SPLIT/`: one npy file for each field of a step, episodes one after another (24.7 kB a
-step), and `source.json`, which names the shards that it was made from.
+step), their checksums, and `source.json`, which names the shards that it was made from.
 """
 
+import contextlib
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib import format as npy
 from tqdm import tqdm
 
 from wam_jax import datasets, json_files, shards, specs
@@ -75,6 +77,25 @@ def load(directory: str | Path, split: str) -> StepBatch:
         raise ValueError(f"{folder} is damaged ({error}); delete it, it is then made anew") from error
 
 
+def verify(directory: str | Path) -> list[str]:
+    """Compares the raw caches of a dataset with their checksums, where there are some.
+
+    Args:
+      directory: a dataset as `rlds.py` writes it.
+
+    Returns:
+      one line for each fault, empty if there is none.
+    """
+    faults: list[str] = []
+    for folder in sorted(path.parent for path in Path(directory).glob(f"raw-*/{SOURCE_FILE}")):
+        mend = f"delete {folder}, it is then made anew"
+        try:
+            faults += shards.compare_checksums(folder, jax.tree.leaves(_paths(folder)), mend, no_checksums=mend)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
 def _is_current(folder: Path, directory: str | Path) -> bool:
     path = folder / SOURCE_FILE
     return path.exists() and json_files.read(path, f"delete {folder}") == _source(directory)
@@ -93,31 +114,38 @@ def _paths(folder: Path) -> StepBatch:
 
 def _build(folder: Path, directory: str | Path, split: str, lengths: Sequence[int]) -> None:
     """Decodes every episode into new files, under a temporary name until all is there."""
-    source = datasets.Episodes(datasets.open_builder(directory, split), split)
+    fields = field_shapes((sum(lengths),))
     temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    temporary.mkdir()
     try:
-        files = jax.tree.map(
-            lambda path, field: open_memmap(path, "w+", field.dtype, field.shape),
-            _paths(temporary),
-            field_shapes((sum(lengths),)),
-        )
-        first = 0
-        for index, length in enumerate(tqdm(lengths, desc=f"raw cache of {split}", unit="episode", disable=None)):
-            steps = datasets.decode(source.steps(index), slice(0, length))
-            _copy(files, steps, slice(first, first + length))
-            first += length
-        jax.tree.map(lambda file: file.flush(), files)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+        temporary.mkdir()
+        _write_fields(_paths(temporary), fields, directory, split, lengths)
+        shards.write_checksums(temporary, jax.tree.leaves(_paths(temporary)))
         json_files.write(temporary / SOURCE_FILE, _source(directory))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+    except OSError as error:
+        size = sum(math.prod(field.shape) * field.dtype.itemsize for field in jax.tree.leaves(fields)) / 1e9
+        raise OSError(
+            f"{folder} cannot be written ({error}); it takes {size:.3g} GB: make room, or choose another dataset.cache"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy(files: StepBatch, steps: StepBatch, where: slice) -> None:
-    def copy(file: np.ndarray, values: np.ndarray) -> None:
-        file[where] = values
+def _write_fields(
+    paths: StepBatch, fields: StepBatch, directory: str | Path, split: str, lengths: Sequence[int]
+) -> None:
+    """Appends one episode after another; not through a map, where a full disk ends the process without a word."""
+    source = datasets.Episodes(datasets.open_builder(directory, split), split)
+    with contextlib.ExitStack() as stack:
+        files = jax.tree.map(lambda path: stack.enter_context(open(path, "wb")), paths)
 
-    jax.tree.map(copy, files, steps)
+        def begin(file: Any, field: jax.ShapeDtypeStruct) -> None:
+            header = {"descr": npy.dtype_to_descr(field.dtype), "fortran_order": False, "shape": field.shape}
+            npy.write_array_header_1_0(file, header)
+
+        jax.tree.map(begin, files, fields)
+        for index, length in enumerate(tqdm(lengths, desc=f"raw cache of {split}", unit="episode", disable=None)):
+            steps = datasets.decode(source.steps(index), slice(0, length))
+            jax.tree.map(lambda file, values: file.write(np.ascontiguousarray(values)), files, steps)

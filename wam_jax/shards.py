@@ -327,8 +327,14 @@ def write_checksums(directory: str | Path, paths: Sequence[Path]) -> None:
     os.replace(temporary, path)
 
 
-def compare_checksums(directory: str | Path, paths: Sequence[Path]) -> list[str]:
+def compare_checksums(directory: str | Path, paths: Sequence[Path], mend: str, *, no_checksums: str) -> list[str]:
     """Compares files of a directory with their checksums.
+
+    Args:
+      directory: of the checksums.
+      paths: the files.
+      mend: what to do about a file, for the fault.
+      no_checksums: what to do where there are none, for the error.
 
     Returns:
       one line for each file that is missing, changed, or has no checksum.
@@ -341,13 +347,9 @@ def compare_checksums(directory: str | Path, paths: Sequence[Path]) -> list[str]
         lines = path.read_text().splitlines()
         expected = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no checksums to read ({type(error).__name__}); delete {INFO_FILE} there and run the "
-            "command that wrote the dataset again: it keeps the shards and writes their checksums"
-        ) from error
+        raise ValueError(f"{path}: no checksums to read ({type(error).__name__}); {no_checksums}") from error
     found = [file for file in paths if file.exists()]
     digests = {file.name: digest for file, digest in zip(found, _digests(found), strict=True)}
-    mend = f"delete it and {INFO_FILE}, and run the command that wrote the dataset again: it writes this shard anew"
     faults = []
     for file in paths:
         if file.name not in digests:

@@ -61,10 +61,15 @@ def repeat(bank: Any) -> Callable[[int], Iterator[Any]]:
 
 def steps_done(workdir: str, stage: str) -> int:
     """Updates that a stage's newest checkpoint holds; 0 where there is none."""
+    return starts(workdir, stage)[-1]
+
+
+def starts(workdir: str, stage: str) -> list[int]:
+    """The steps that a stage can go on from, rising; the last is what it has done."""
     if not os.path.isdir(f"{workdir}/{stage}"):
-        return 0
+        return [0]
     with contextlib.closing(Checkpointer(f"{workdir}/{stage}")) as checkpointer:
-        return checkpointer.latest_step() or 0
+        return checkpointer.starts()
 
 
 def load_finished(template: Any, *, stage: str, workdir: str, settings: dict, num_steps: int, binary: str) -> Any:
@@ -126,14 +131,15 @@ def fit_together(
       run: from parallel.compile_updates, of an update that takes and returns G states at once.
       state: of all stages, stacked: leaves [G, ...].
       make_batches: as for `fit`.
-      stages: G names; all must stand at the same step.
+      stages: G names; they go on from the newest step that all can go on from. A run that was killed between their
+        saves left some ahead of the others.
       **arguments: as for `fit`, but `seed` int32 [G], one a stage.
 
     Returns:
       the final states, stacked, on the host.
 
     Raises:
-      ValueError: as `fit`; or the stages stand at different steps.
+      ValueError: as `fit`; or there is no such step.
       FloatingPointError, KeyboardInterrupt: as `fit`.
     """
     files = _JointFiles([_StageFiles(stage, arguments["workdir"], arguments["settings"]) for stage in stages])
@@ -151,11 +157,17 @@ class _StageFiles:
         self._checkpointer = self._stack.enter_context(
             contextlib.closing(Checkpointer(f"{self._workdir}/{self.stage}"))
         )
-        self.step = self._checkpointer.latest_step() or 0
+        self.starts = self._checkpointer.starts()
+        self.step = self.starts[-1]
         return self
 
     def __exit__(self, *_):
         self._stack.close()  # whatever ends the run, saves under way are finished first
+
+    def go_back(self, step: int) -> None:
+        """Forgets what came after one of `starts`."""
+        self._checkpointer.drop_after(step)
+        self.step = step
 
     def restore(self, state: Any) -> Any:
         return self._checkpointer.restore(state, self._settings)
@@ -195,11 +207,14 @@ class _JointFiles:
     def __enter__(self) -> "_JointFiles":
         for part in self._parts:
             self._stack.enter_context(part)
-        self.step = self._parts[0].step
-        different = [f"{part.stage} at {part.step}" for part in self._parts if part.step != self.step]
-        if different:
+        common = set.intersection(*(set(part.starts) for part in self._parts))
+        if not common:
             self._stack.close()
-            raise ValueError(f"{self._parts[0].stage} stands at step {self.step}, but {', '.join(different)}")
+            found = ", ".join(f"{part.stage} from {' or '.join(map(str, part.starts))}" for part in self._parts)
+            raise ValueError(f"these stages cannot go on from the same step: {found}; train them apart")
+        self.step = max(common)
+        for part in self._parts:
+            part.go_back(self.step)
         return self
 
     def __exit__(self, *_):

@@ -36,37 +36,36 @@ MATRIX_BACKENDS = ("cpu",)
 BLOCK_NUMBERS = 500_000
 
 
-class Conv(nn.Module):
+class _Layer(nn.Module):
+    """A linear map of images with a kernel and a bias, both stored as float32."""
+
+    features: int
+    kernel_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", xavier, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return self.convolve(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        raise NotImplementedError
+
+
+class Conv(_Layer):
     """A convolution of stride 2 without padding: [B, S, S, C] -> [B, s, s, features], s = (S - k) // 2 + 1."""
 
-    features: int
-    kernel_size: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel, bias = _parameters(self, x.shape[-1])
-        return convolve(x.astype(self.dtype), kernel) + bias
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve(x, kernel)
 
 
-class ConvTranspose(nn.Module):
+class ConvTranspose(_Layer):
     """The transpose of such a convolution: [B, s, s, C] -> [B, S, S, features], S = 2 (s - 1) + k."""
 
-    features: int
-    kernel_size: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel, bias = _parameters(self, x.shape[-1])
-        return convolve_transposed(x.astype(self.dtype), kernel) + bias
-
-
-def _parameters(module, channels: int) -> tuple[Array, Array]:
-    shape = (module.kernel_size, module.kernel_size, channels, module.features)
-    kernel = module.param("kernel", xavier, shape, jnp.float32)
-    bias = module.param("bias", nn.initializers.zeros, (module.features,), jnp.float32)
-    return kernel.astype(module.dtype), bias.astype(module.dtype)
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        return convolve_transposed(x, kernel)
 
 
 def convolve(x: Array, kernel: Array) -> Array:

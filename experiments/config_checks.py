@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import config_values
 from experiments.configs import base
-from wam_jax import datasets, environments, input_pipeline, parallel, shards, specs, world_model
+from wam_jax import datasets, environments, input_pipeline, inverse_dynamics, parallel, shards, specs, world_model
 
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
 _LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2} | dict.fromkeys(
@@ -115,6 +115,14 @@ def _check_agreement(config: ConfigDict) -> None:
         raise ValueError(
             f"config.world_model.action_weight={settings.action_weight} with method {config.method!r}: tables would "
             "name the wrong method; choose it with the config file, FILE.py:wam or FILE.py:dreamer_v2"
+        )
+    for key, names in (("action_input", inverse_dynamics.INPUTS), ("action_target", inverse_dynamics.TARGETS)):
+        if settings[key] not in names:
+            raise ValueError(f"config.world_model.{key}={settings[key]!r}; expected one of {', '.join(names)}")
+    if settings.action_steps >= settings.window_length:
+        raise ValueError(
+            f"config.world_model.action_steps={settings.action_steps} frames apart do not fit into window_length="
+            f"{settings.window_length}; take {settings.window_length - 1} or less"
         )
     if settings.open_loop_weight and not 2 <= settings.open_loop_steps <= settings.window_length:
         raise ValueError(

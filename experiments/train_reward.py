@@ -13,6 +13,8 @@ from experiments import launch, train_policy, train_world_model
 from wam_jax import datasets, json_files, latents, parallel, specs, success_classifier, training, world_model
 from wam_jax.types import LatentState, Params, StepBatch
 
+_IMAGINED = 1  # tells the key of imagination from those of the filter
+
 
 def run(config, workdir: str) -> None:
     """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play."""
@@ -35,7 +37,11 @@ def run(config, workdir: str) -> None:
     for task in tasks:
         more_latents, more_episodes = play.get(task, ([], []))
         demonstrated, episodes = demonstrations[task]
-        banks.append(latents.classifier_bank(demonstrated + more_latents, episodes + more_episodes))
+        encoded, episodes = demonstrated + more_latents, episodes + more_episodes
+        if settings.use_imagined:
+            imagined, followed = imagine_attempts(config, workdir, task, encoded, episodes)
+            encoded, episodes = encoded + imagined, episodes + followed
+        banks.append(latents.classifier_bank(encoded, episodes))
         success_classifier.check_labels(banks[-1].label, task=task)
     for task, bank in zip(tasks, latents.pad_classifier_banks(banks), strict=True):
         state = training.fit(
@@ -84,6 +90,15 @@ def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[La
         rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
         encoded[task] = latents.encode_episodes(model, params, chosen, rng), chosen
     return encoded
+
+
+def imagine_attempts(
+    config, workdir: str, task: str, encoded: list[LatentState], episodes: list[StepBatch]
+) -> tuple[list[LatentState], list[StepBatch]]:
+    """The attempts at a task as the world model imagines them under their own actions, with the oracle's verdicts."""
+    model, params = train_world_model.load(config, workdir)
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task)), _IMAGINED)
+    return latents.imagine_episodes(model, params, encoded, episodes, rng)
 
 
 def _quality(params: Params, bank, held_out, settings) -> dict:

@@ -108,6 +108,24 @@ def observe_alone(model, params, steps):
     return world_model.observe(model, params, embedding, steps.action, jax.random.key(0))
 
 
+def test_imagined_episodes_are_steps_of_the_prior_under_their_own_actions_with_their_own_labels():
+    model = helpers.make_model(soft_prior=True)  # no noise
+    params = helpers.make_state(model).params
+    lengths = (18, 5, 11)
+    episodes, encoded = make_episodes(lengths)
+    episodes = [steps.replace(reward=np.float32(np.arange(len(steps.action)) % 3 == 1)) for steps in episodes]
+    imagined, followed = latents.imagine_episodes(model, params, encoded, episodes, jax.random.key(0), batch_size=2)
+    step = jax.jit(lambda latent, action: world_model.imagine_step(model, params, latent, action, jax.random.key(1)))
+    for latent, steps, found in zip(encoded, episodes, imagined, strict=True):
+        assert all(isinstance(x, np.ndarray) and len(x) == len(steps.action) - 1 for x in jax.tree.leaves(found))
+        state = jax.tree.map(lambda x: x[:1], latent)  # the first frame is all that is seen
+        for t in range(len(steps.action) - 1):
+            state = step(state, steps.action[t : t + 1])
+            helpers.assert_close(latents.latent_at(found, slice(t, t + 1)), state, atol=1e-5)
+    labels = latents.classifier_bank(imagined, followed).label.tolist()
+    assert labels == [int(t % 3 == 1) for length in lengths for t in range(1, length)]
+
+
 def test_no_episodes_give_no_latents():
     model = helpers.make_model()
     assert latents.encode_episodes(model, {}, [], jax.random.key(0)) == []

@@ -280,7 +280,7 @@ def test_kl():
     p, q = (jax.random.normal(jax.random.key(i), (3, 4, 5)) for i in range(2))
     np.testing.assert_allclose(rssm.categorical_kl(p, q), numpy_kl(p, q), rtol=1e-4)
     np.testing.assert_allclose(rssm.categorical_kl(p, p + 2.0), 0, atol=1e-5)
-    np.testing.assert_allclose(world_model._balanced_kl(p, p, 0.8), 0, atol=1e-5)
+    np.testing.assert_allclose(world_model._balanced_kl(p, p, 0.8, np.ones(3)), 0, atol=1e-5)
 
 
 def test_kl_balance_moves_the_prior_four_times_as_much():
@@ -290,7 +290,7 @@ def test_kl_balance_moves_the_prior_four_times_as_much():
         return rssm.categorical_kl(posterior, prior).mean()
 
     def balanced(posterior, prior):
-        return world_model._balanced_kl(posterior, prior, 0.8)
+        return world_model._balanced_kl(posterior, prior, 0.8, np.ones(3))
 
     np.testing.assert_allclose(balanced(posterior, prior), full(posterior, prior), rtol=1e-6)
     gradients, expected = (jax.grad(f, argnums=(0, 1))(posterior, prior) for f in (balanced, full))

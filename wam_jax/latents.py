@@ -30,23 +30,56 @@ def encode_episodes(
     Returns:
       posterior states [T, ...] of each episode, numpy.
     """
-    encode = _encoder(model)
-    progress = tqdm(total=len(episodes), desc="encoding", unit="episode", leave=False, disable=None)
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].action))  # alike lengths share a batch
-    latents: dict[int, LatentState] = {}
+    lengths = [len(episode.action) for episode in episodes]
+    return _in_batches(functools.partial(_encoder(model), params), episodes, lengths, rng, batch_size, "encoding")
+
+
+def imagine_episodes(
+    model: WorldModel,
+    params: Params,
+    latents: Sequence[LatentState],
+    episodes: Sequence[StepBatch],
+    rng: Array,
+    *,
+    batch_size: int = 32,
+) -> tuple[list[LatentState], list[StepBatch]]:
+    """Imagines every episode's own actions, open loop from the posterior of its first frame.
+
+    Args:
+      model, params: the frozen world model.
+      latents: posterior states [T, ...] of each episode, from `encode_episodes`.
+      episodes: the same episodes' steps.
+      rng: key for z.
+      batch_size: episodes at a time.
+
+    Returns:
+      prior states [T - 1, ...] of each episode, numpy, and the recorded steps that they stand for: all but the first.
+    """
+    lengths = [len(episode.action) for episode in episodes]
+    recorded = [(latent, episode.action) for latent, episode in zip(latents, episodes, strict=True)]
+    imagine = functools.partial(_imaginer(model), params)
+    imagined = _in_batches(imagine, recorded, lengths, rng, batch_size, "imagining")
+    followed = [jax.tree.map(lambda x: x[1:], episode) for episode in episodes]
+    return [latent_at(latent, slice(0, -1)) for latent in imagined], followed  # the last action leads nowhere
+
+
+def _in_batches(apply, items: Sequence, lengths: Sequence[int], rng: Array, batch_size: int, name: str) -> list:
+    """Applies `apply(batch, rng)` to padded batches of items [T, ...], whose results [T, ...] are cut to length."""
+    progress = tqdm(total=len(items), desc=name, unit="episode", leave=False, disable=None)
+    order = sorted(range(len(items)), key=lambda i: lengths[i])  # alike lengths share a batch
+    found: dict[int, LatentState] = {}
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
-        longest = max(len(episodes[i].action) for i in indices)
+        longest = max(lengths[i] for i in indices)
         length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         rows = indices + indices[-1:] * (batch_size - len(indices))  # a full batch, so that one program serves all
-        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(episodes[i], length) for i in rows])
-        encoded = jax.device_get(encode(params, batch, jax.random.fold_in(rng, first)))
+        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(items[i], length) for i in rows])
+        results = jax.device_get(apply(batch, jax.random.fold_in(rng, first)))
         for row, index in enumerate(indices):
-            steps = len(episodes[index].action)
-            latents[index] = jax.tree.map(lambda x, row=row, steps=steps: x[row, :steps], encoded)
+            found[index] = jax.tree.map(lambda x, row=row, steps=lengths[index]: x[row, :steps], results)
         progress.update(len(indices))
     progress.close()
-    return [latents[index] for index in range(len(episodes))]
+    return [found[index] for index in range(len(items))]
 
 
 @functools.lru_cache(maxsize=4)
@@ -59,9 +92,19 @@ def _encoder(model: WorldModel):
     return encode
 
 
-def _pad(episode: StepBatch, length: int) -> StepBatch:
-    """Repeats the last step up to `length`; what a filter makes of the padding is cut off again."""
-    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), episode)
+@functools.lru_cache(maxsize=4)
+def _imaginer(model: WorldModel):
+    @jax.jit
+    def imagine(params, batch, rng):
+        latent, action = batch
+        return world_model.imagine(model, params, jax.tree.map(lambda x: x[:, 0], latent), action, rng)
+
+    return imagine
+
+
+def _pad(item, length: int):
+    """Repeats the last step up to `length`; what a model makes of the padding is cut off again."""
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), item)
 
 
 def policy_bank(latents: Sequence[LatentState], episodes: Sequence[StepBatch], chunk: int) -> PolicyBank:

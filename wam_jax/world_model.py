@@ -17,6 +17,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -93,7 +94,9 @@ def init(model: WorldModel, rng: Array) -> Params:
         "decoder": model.decoder.init(rngs[2], latent_feature),
     }
     if settings.action_weight:
-        params["inverse_dynamics"] = model.inverse_dynamics.init(rngs[3], jnp.concatenate([embedding] * 2, -1))
+        frame = embedding if settings.action_input == "embeddings" else latent_feature
+        pair = jnp.zeros((1, inverse_dynamics.input_dim(frame.shape[-1], settings.action_steps)))
+        params["inverse_dynamics"] = model.inverse_dynamics.init(rngs[3], pair)
     if settings.proprioception_weight:
         params["proprioception_decoder"] = model.proprioception_decoder.init(rngs[4], latent_feature)
     return {name: variables["params"] for name, variables in params.items()}
@@ -235,7 +238,8 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
       rng: key for z.
       model: from `build`; `model.settings` holds the weights. Reductions: every term is a mean over batch and time;
         the reconstruction is half the squared error summed over pixels and channels of both cameras, the KL is in nats
-        summed over latents, the action term is the absolute error averaged over the 7 dims.
+        summed over latents, that of a window's first frame times `first_kl_weight`, the action term is the absolute
+        error averaged over the 7 dims.
 
     Returns:
       the weighted sum and every unweighted term as a metric.
@@ -248,13 +252,24 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
 
     terms = {
         "reconstruction": _reconstruction(model, params, features, batch.observation),
-        "kl": _balanced_kl(posterior.logits, _prior_logits(model, params, posterior), settings.kl_balance),
+        "kl": _balanced_kl(
+            posterior.logits,
+            _prior_logits(model, params, posterior),
+            settings.kl_balance,
+            _frame_weights(batch.action.shape[1], settings.first_kl_weight),
+        ),
     }
     weights = {"reconstruction": 1.0, "kl": settings.kl_weight}
     metrics: Metrics = {}
     if settings.action_weight:
+        frames = embedding if settings.action_input == "embeddings" else features
         terms["inverse_dynamics"], metrics = inverse_dynamics.loss(
-            params["inverse_dynamics"], (embedding.astype(jnp.float32), batch.action), head=model.inverse_dynamics
+            params["inverse_dynamics"],
+            (frames.astype(jnp.float32), batch.action),
+            jax.random.fold_in(rng, 2),  # its own: `split` has used 0 and 1
+            head=model.inverse_dynamics,
+            max_steps=settings.action_steps,
+            shuffled=settings.action_target == "shuffled",
         )
         weights["inverse_dynamics"] = settings.action_weight
     if settings.proprioception_weight:
@@ -279,11 +294,19 @@ def _reconstruction(model, params, features: Array, observation: Observation) ->
     return jnp.mean(static + gripper)
 
 
-def _balanced_kl(posterior_logits: Array, prior_logits: Array, balance: float) -> Array:
+def _balanced_kl(posterior_logits: Array, prior_logits: Array, balance: float, frame_weights: Array) -> Array:
     """DreamerV2 eq. 6: the prior moves towards the posterior with weight `balance`, the posterior with the rest."""
-    train_prior = categorical_kl(lax.stop_gradient(posterior_logits), prior_logits).mean()
-    train_posterior = categorical_kl(posterior_logits, lax.stop_gradient(prior_logits)).mean()
+    train_prior = (frame_weights * categorical_kl(lax.stop_gradient(posterior_logits), prior_logits)).mean()
+    train_posterior = (frame_weights * categorical_kl(posterior_logits, lax.stop_gradient(prior_logits))).mean()
     return balance * train_prior + (1 - balance) * train_posterior
+
+
+def _frame_weights(length: int, first: float) -> np.ndarray:
+    """Weights of a window's frames in the KL [T]: `first`, then 1. At 0 both sides of the first KL go untrained.
+
+    The prior of a first frame knows nothing of the scene and is never used: imagination starts from a posterior.
+    """
+    return np.where(np.arange(length) == 0, np.float32(first), np.float32(1))
 
 
 def _proprioception(model, params, features: Array, robot_obs: Array) -> Array:

@@ -59,7 +59,11 @@ def get_config(method: str = "wam") -> ConfigDict:
             "compute_dtype": "float32",  # "bfloat16" on accelerators
             "kl_weight": 3.0,  # WAM (LUMOS: 0.3); nats, summed over latents
             "kl_balance": 0.8,  # WAM
+            "first_kl_weight": 1.0,  # of a window's first frame beside the others; ours: 0 lets its z say all it sees
             "action_weight": METHODS[method],  # WAM: 1000; absolute error, mean over 7 dims
+            "action_input": "embeddings",  # WAM; "features": of the RSSM, whose h has received the action, as a control
+            "action_target": "taken",  # WAM; "shuffled": over batch and time, nothing to learn, as a control
+            "action_steps": 1,  # WAM; K: from frames 1 to K steps apart, told which (AC-State, arXiv 2207.08229)
             "proprioception_weight": 0.0,  # ours, not in the paper
             "open_loop_weight": 0.0,  # ours, not in the paper
             "open_loop_steps": 10,
@@ -108,6 +112,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "classification_dims": (512, 512),  # DiWA
             "temperature": 0.1,  # of NT-Xent; ours, DiWA gives none
             "use_play": True,  # ours: annotated attempts of play, failures among them, beside the demonstrations
+            "use_imagined": False,  # ours; WAM: True, imagination of the same episodes with their labels, beside them
             "threshold": 0.5,  # argmax of two classes
             "consecutive": 1,  # frames in a row that must say success; DiWA looks at the last frame of a chunk
             "resample_latent": True,  # ours

@@ -262,7 +262,7 @@ def correlated(rng, shape, *, flips, gain):
 
 
 def test_a_difference_is_paired_by_start(make_run):
-    first, second = correlated(np.random.default_rng(0), 200, flips=0.05, gain=0.1)
+    first, second = correlated(np.random.default_rng(5), 200, flips=0.05, gain=0.1)
     run = make_run("a", {"bc": {OPEN: second, CLOSE: of(3)}, "ppo": {OPEN: first, CLOSE: of(3)}})
     text, values = print_table.build("differences", [run])
     (column,) = values["columns"]

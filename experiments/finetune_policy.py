@@ -7,6 +7,7 @@ With --config.ppo.rollouts=environment the same PPO learns from rollouts of the 
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -16,18 +17,20 @@ from experiments import launch, simulators, train_policy, train_reward, train_wo
 from wam_jax import (
     environment_rollouts,
     imagination,
+    json_files,
     latents,
     parallel,
     ppo,
     specs,
     success_classifier,
     training,
+    trust,
     world_model,
 )
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.environments.interface import Environment
-from wam_jax.types import LatentState, Params
+from wam_jax.types import LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
 _COLLECTION = 1_000_000  # folded into a step's key, far from any device's number
@@ -67,14 +70,15 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
     one, together = (
         parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
     )
+    rewards = {task: train_reward.load(config, workdir, task) for task in base_policies}  # what is missing is named now
     inputs = {
         task: imagination.ImaginationInputs(
-            start=start_bank(config, workdir, task),
+            start=start_bank(config, workdir, task, rewards[task]),
             world_model_params=world_model_params,
-            reward_params=train_reward.load(config, workdir, task),
+            reward_params=rewards[task],
             base_policy_params=params,
         )
-        for task, params in base_policies.items()  # before the first is trained: what is missing is named at once
+        for task, params in base_policies.items()
     }
     for group in groups(list(inputs), inputs, workdir, settings.tasks_at_once):
         banks, stages = [inputs[task] for task in group], [stage(task) for task in group]
@@ -131,21 +135,47 @@ def environment_updates(
     return run
 
 
-def start_bank(config, workdir: str, task: str) -> LatentState:
-    """The latents that imagination starts from, of demonstrations or of play's attempts at the task, or both."""
+def start_bank(config, workdir: str, task: str, reward_params: Params) -> LatentState:
+    """The latents that imagination starts from, of demonstrations or of play's attempts at the task, or both.
+
+    Raises:
+      ValueError: there is none.
+    """
     settings = config.ppo
-    chosen = []
+    encoded: list[LatentState] = []
+    episodes: list[StepBatch] = []
     if settings.starts in ("demonstrations", "both"):
-        chosen += train_policy.encode_demonstrations(config, workdir)[task][0]
+        _extend(encoded, episodes, train_policy.encode_demonstrations(config, workdir)[task])
     if settings.starts in ("play", "both"):
-        attempts = train_reward.encode_attempts(config, workdir, "train")[task][0]
-        if not attempts:
-            raise ValueError(
-                f"config.ppo.starts={settings.starts!r}, but {launch.play_directory(config, workdir)} holds no "
-                f"annotated attempt at {task}; take --config.ppo.starts=demonstrations"
-            )
-        chosen += attempts
-    return latents.start_bank(chosen, settings.min_start_step, settings.max_start_step)
+        _extend(encoded, episodes, train_reward.encode_attempts(config, workdir, "train")[task])
+    if not encoded:
+        raise ValueError(
+            f"config.ppo.starts={settings.starts!r}, but {launch.play_directory(config, workdir)} holds no annotated "
+            f"attempt at {task}; take --config.ppo.starts=demonstrations"
+        )
+    first, last = settings.min_start_step, settings.max_start_step
+    if not settings.trusted_starts:
+        return latents.start_bank(encoded, first, last)
+    model, params = train_world_model.load(config, workdir)
+    bank, verdicts = trust.start_bank(
+        model, params, encoded, episodes, jax.random.key(config.seed), first, last,
+        reward_rule=imagination_functions(config, model)["reward_rule"], reward_params=reward_params,
+        consecutive=config.reward.consecutive, policy_settings=train_policy.policy_settings(config),
+    )  # fmt: skip
+    if bank is None:
+        raise ValueError(
+            f"config.ppo.trusted_starts: imagination comes to the recorded end from none of the "
+            f"{len(verdicts.recorded)} starts of {task}; train the world model longer, or leave the task out"
+        )
+    path = os.path.join(workdir, "ppo", "agreement.json")
+    found = json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+    json_files.write(path, {**found, task: trust.agreement(verdicts)})
+    return bank
+
+
+def _extend(encoded: list, episodes: list, more: tuple[list[LatentState], list[StepBatch]]) -> None:
+    encoded += more[0]
+    episodes += more[1]
 
 
 def groups(tasks: list[str], inputs: dict, workdir: str, size: int) -> list[list[str]]:

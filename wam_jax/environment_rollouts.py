@@ -94,8 +94,8 @@ def _explore(policy_settings: Any):
 def split(episodes: Rollout, num_devices: int) -> Rollout:
     """Gives each device its share of the episodes: leaves [H, B, ...] become [D, H, B / D, ...]."""
 
-    def of_devices(x: np.ndarray, axis: int) -> np.ndarray:
-        return np.stack(np.split(x, num_devices, axis=axis))
+    def of_devices(x: Array, axis: int) -> np.ndarray:
+        return np.stack(np.split(np.asarray(x), num_devices, axis=axis))
 
     last_feature = of_devices(episodes.last_feature, 0)
     return jax.tree.map(lambda x: of_devices(x, 1), episodes.replace(last_feature=episodes.feature)).replace(

@@ -1,0 +1,83 @@
+"""Starts are trusted where imagination, under the recorded actions, comes to the recorded end."""
+
+from unittest import mock
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from wam_jax import latents, trust
+
+CONFIG = FrozenConfigDict(helpers.make_config())
+CONSECUTIVE = 2
+
+
+def make_attempt(index, recorded, imagined):
+    """An attempt with these rewards, whose imagination shows `imagined` in its first entry; 0 and 1 a step."""
+    length = len(recorded)
+    episode = helpers.make_steps(index, (length,)).replace(reward=np.array(recorded, np.float32))
+    latent = helpers.make_latents(index, (length,), CONFIG.world_model)
+    latent.deterministic[:, 0], latent.deterministic[:, 1] = imagined, 100 * index + np.arange(length)
+    return latent, episode
+
+
+def imagine(model, params, encoded, episodes, rng):
+    """Stands in for the world model: it imagines what the attempt says."""
+    del model, params, rng
+    followed = [jax.tree.map(lambda x: x[1:], episode) for episode in episodes]
+    return [latents.latent_at(latent, slice(1, None)) for latent in encoded], followed
+
+
+def in_a_row(params, feature, count):
+    """Fires after CONSECUTIVE frames in a row whose first entry is above the parameter."""
+    fired = []
+    for frame in feature:
+        count = jnp.where(frame[:, 0] > params, count + 1, 0)
+        fired.append(count >= CONSECUTIVE)
+    return jnp.stack(fired), count
+
+
+JUDGING = dict(reward_rule=in_a_row, reward_params=jnp.float32(0.5), consecutive=CONSECUTIVE)
+ATTEMPTS = [
+    make_attempt(0, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]),  # both solved
+    make_attempt(1, [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0]),  # never twice in a row: missed
+    make_attempt(2, [0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]),  # made up
+    make_attempt(3, [0, 0, 0, 1], [0, 0, 0, 1]),  # once only, at the end of both: neither counts as solved
+    make_attempt(4, [0, 1, 1], [0, 1, 1]),
+]
+
+
+def judge(function, *args):
+    encoded, episodes = zip(*ATTEMPTS, strict=True)
+    with mock.patch.object(latents, "imagine_episodes", imagine):
+        return function(
+            None, None, encoded, episodes, jax.random.key(0), *args, policy_settings=CONFIG.policy, **JUDGING
+        )
+
+
+def test_recorded_and_imagined_ends():
+    verdicts = judge(trust.judge)
+    assert verdicts.recorded.tolist() == [True, True, False, False, True]
+    assert verdicts.imagined.tolist() == [True, False, True, False, True]
+    shares = {"attempts": 5, "successes": 3, "successes_imagined": 2 / 3, "failures_imagined": 0.5}
+    assert trust.agreement(verdicts) == shares
+
+
+def test_the_bank_holds_the_starts_that_agree_and_no_others():
+    bank, verdicts = judge(trust.start_bank, 0, 2)
+    # From step 1 on, what attempt 2 makes up is over after a frame, too few to count; attempt 4 ends before step 2.
+    assert bank.deterministic[:, 1].tolist() == [0, 300, 400, 1, 201, 301, 401, 2, 202, 302]
+    assert len(verdicts.recorded) == 5 + 5 + 4
+    assert bank.logits.shape[0] == bank.stochastic.shape[0] == 10
+
+
+def test_no_start_is_left_where_none_agrees():
+    encoded, episodes = zip(*ATTEMPTS[1:2], strict=True)
+    with mock.patch.object(latents, "imagine_episodes", imagine):
+        bank, verdicts = trust.start_bank(
+            None, None, encoded, episodes, jax.random.key(0), 0, 0, policy_settings=CONFIG.policy, **JUDGING
+        )
+    assert bank is None and verdicts.recorded.tolist() == [True]
+    assert trust.agreement(verdicts)["failures_imagined"] is None

@@ -1,0 +1,131 @@
+"""Where imagination can be trusted, judged from recordings alone: no step of the environment.
+
+A recorded attempt is imagined under its own actions. Where it comes to the end that was recorded, success or failure,
+the model knows what matters there; elsewhere PPO would be rewarded for what does not happen.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wam_jax import diffusion_policy, latents
+from wam_jax.imagination import RewardRule
+from wam_jax.types import Array, LatentState, Params, StepBatch
+from wam_jax.world_model import WorldModel
+
+_BATCH = 32  # attempts that are judged at once
+
+
+class Verdicts(NamedTuple):
+    """Of M attempts, bool [M] each: whether the reward rule finds them solved."""
+
+    recorded: np.ndarray  # by the oracle's rewards
+    imagined: np.ndarray  # by what the reward sees of imagined latents
+
+
+def judge(
+    model: WorldModel,
+    params: Params,
+    encoded: Sequence[LatentState],
+    episodes: Sequence[StepBatch],
+    rng: Array,
+    *,
+    reward_rule: RewardRule,
+    reward_params: Params,
+    consecutive: int,
+    policy_settings: object,
+) -> Verdicts:
+    """Imagines attempts under their own actions, from the posterior of their first step, and compares the ends.
+
+    Args:
+      model, params: the frozen world model.
+      encoded: posterior states [T, ...] of each attempt, T of 2 or more.
+      episodes: the same attempts' steps.
+      rng: key for z.
+      reward_rule, reward_params: judge imagined latents as PPO's reward does.
+      consecutive: recorded rewards in a row that count as success, as the rule wants of latents.
+      policy_settings: see diffusion_policy; what the reward rule sees of a latent is what the policy sees.
+    """
+    imagined, followed = latents.imagine_episodes(model, params, encoded, episodes, rng)
+    recorded = [_in_a_row(np.asarray(episode.reward) > 0.5, consecutive) for episode in followed]
+    rule = jax.jit(functools.partial(_fires, reward_rule, policy_settings))
+    longest = max(len(latent.deterministic) for latent in imagined)
+    found = []
+    for first in range(0, len(imagined), _BATCH):
+        part = imagined[first : first + _BATCH]
+        part = [*part, *[part[-1]] * (_BATCH - len(part))]  # a full batch, so that one program serves all
+        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(latent, longest) for latent in part])
+        fired = np.asarray(rule(reward_params, batch))  # [T, B]
+        found += [bool(fired[: len(latent.deterministic), row].any()) for row, latent in enumerate(part)]
+    return Verdicts(np.array(recorded, bool), np.array(found[: len(imagined)], bool))
+
+
+def start_bank(
+    model: WorldModel,
+    params: Params,
+    encoded: Sequence[LatentState],
+    episodes: Sequence[StepBatch],
+    rng: Array,
+    first_step: int,
+    last_step: int,
+    **judging,
+) -> tuple[LatentState | None, Verdicts]:
+    """The latents of `latents.start_bank` from which imagination comes to the recorded end.
+
+    Args:
+      model, params, encoded, episodes, rng: as of `judge`.
+      first_step, last_step: of each episode, where imagination may start; those without a step after it are left out.
+      **judging: the rest of `judge`'s arguments.
+
+    Returns:
+      the bank, None where nothing is left; and the verdicts on all starts.
+    """
+    chosen, verdicts = [], []
+    for step in range(first_step, last_step + 1):
+        rows = [row for row, episode in enumerate(episodes) if len(episode.action) > step + 1]
+        if not rows:
+            break
+        parts = [latents.latent_at(encoded[row], slice(step, None)) for row in rows]
+        steps = [jax.tree.map(lambda x: x[step:], episodes[row]) for row in rows]  # noqa: B023 (used at once)
+        found = judge(model, params, parts, steps, jax.random.fold_in(rng, step), **judging)
+        agree = found.recorded == found.imagined
+        chosen += [latents.latent_at(part, slice(0, 1)) for part, same in zip(parts, agree, strict=True) if same]
+        verdicts.append(found)
+    if not verdicts:
+        return None, Verdicts(np.zeros(0, bool), np.zeros(0, bool))
+    together = Verdicts(*(np.concatenate(x) for x in zip(*verdicts, strict=True)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *chosen) if chosen else None, together
+
+
+def agreement(verdicts: Verdicts) -> dict[str, float | int | None]:
+    """How often imagination comes to the recorded end, of successes and of failures; None where there are none."""
+
+    def share(of: np.ndarray) -> float | None:
+        return float((verdicts.imagined == verdicts.recorded)[of].mean()) if of.any() else None
+
+    return {
+        "attempts": len(verdicts.recorded),
+        "successes": int(verdicts.recorded.sum()),
+        "successes_imagined": share(verdicts.recorded),
+        "failures_imagined": share(~verdicts.recorded),
+    }
+
+
+def _fires(reward_rule: RewardRule, policy_settings: object, reward_params: Params, latent: LatentState) -> Array:
+    feature = diffusion_policy.features(latent, settings=policy_settings)  # [B, T, state_dim]
+    count = jnp.zeros(feature.shape[0], jnp.int32)
+    return reward_rule(reward_params, jnp.swapaxes(feature, 0, 1), count)[0]
+
+
+def _in_a_row(flags: np.ndarray, consecutive: int) -> bool:
+    if len(flags) < consecutive:
+        return False
+    return bool(np.lib.stride_tricks.sliding_window_view(flags, consecutive).all(axis=1).any())
+
+
+def _pad(latent: LatentState, length: int) -> LatentState:
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), latent)

@@ -53,10 +53,22 @@ def one_process(data, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("cache", ["memory", "device"])
-def test_two_processes_train_as_one_with_as_many_devices(data, one_process, tmp_path, cache):
-    flags = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", f"--config.dataset.cache={cache}"]
-    first, second = run_processes([command(data, tmp_path, *flags, f"--process_id={index}") for index in range(2)])
+def by_flags(index, port):
+    """What a command of one of two processes begins with, and its flags."""
+    return [], [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
+
+
+def by_slurm(index, port):
+    """The same with the variables that SLURM sets; JAX makes a port of the job's number."""
+    job = {"JOB_ID": port, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": index, "LOCALID": index}
+    return ["env", *(f"SLURM_{name}={value}" for name, value in job.items())], ["--distributed"]
+
+
+@pytest.mark.parametrize(("start", "cache"), [(by_flags, "memory"), (by_slurm, "device")])
+def test_two_processes_train_as_one_with_as_many_devices(data, one_process, tmp_path, start, cache):
+    starts = [start(index, port) for port in [free_port()] for index in range(2)]
+    cached = f"--config.dataset.cache={cache}"
+    first, second = run_processes([[*before, *command(data, tmp_path, cached, *flags)] for before, flags in starts])
     assert "world_model: 100%" in first and "world_model:" not in second
     rows = [metrics.read(str(workdir), "world_model") for workdir in (one_process, tmp_path)]
     assert [row["step"] for row in rows[1]] == [1, 2]

@@ -102,6 +102,7 @@ def _latent(settings: Any) -> str:
 
 _SIZES = {
     "kind of encoder and decoder": lambda config: config.world_model.kind,
+    "embedding": lambda config: f"{world_model.embedding_dim(config.world_model):,}",
     "h; z": lambda config: _latent(config.world_model),
     "feature": lambda config: f"{world_model.feature_dim(config.world_model):,}",
     "weight of the action loss": lambda config: f"{config.world_model.action_weight:g}",

@@ -98,6 +98,33 @@ def test_dreamer_v2_lacks_the_inverse_dynamics_and_nothing_else():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), wam) == jax.tree.map(lambda x: (x.shape, x.dtype), dreamer_v2)
 
 
+def test_without_proprioception_all_that_reads_an_embedding_is_smaller_and_nothing_else():
+    config = base.get_config()
+    whole = param_shapes(config)
+    config.world_model.proprioception_input = False
+    shapes = param_shapes(config)
+    less = specs.PROPRIOCEPTION_DIM
+    smaller = {name: count(whole[name]) - count(shapes[name]) for name in whole}
+    assert smaller == {
+        "encoder": 0,
+        "rssm": less * config.world_model.rssm_hidden_dim,
+        "decoder": 0,
+        "inverse_dynamics": 2 * less * config.world_model.inverse_dynamics_dims[0],
+    }
+
+
+def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_loss():
+    model = make_model(proprioception_input=False, proprioception_weight=0.0, open_loop_weight=0.0)
+    batch = make_steps()
+    robot_obs = make_steps(seed=99).observation.robot_obs
+    changed = batch.replace(observation=batch.observation.replace(robot_obs=robot_obs))
+    weights = make_state(model).params
+    embed = jax.jit(functools.partial(world_model.embed, model))
+    assert embed(weights, batch.observation).shape == (B, T, 16)
+    assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
+    assert_equal(*(compile_forward(model)(weights, x) for x in (batch, changed)))
+
+
 @pytest.mark.parametrize("kind", ["conv", "patch"])
 def test_shapes(kind):
     model = make_model(kind=kind)

@@ -64,7 +64,9 @@ def build(settings: Any) -> WorldModel:
         raise ValueError(f"world_model.compute_dtype={settings.compute_dtype!r}; expected 'float32' or 'bfloat16'")
     dtype = jnp.dtype(settings.compute_dtype)
     return WorldModel(
-        encoder=Encoder(settings.kind, settings.encoder_width, settings.fused_dim, dtype),
+        encoder=Encoder(
+            settings.kind, settings.encoder_width, settings.fused_dim, settings.proprioception_input, dtype
+        ),
         rssm=RSSM(
             settings.deterministic_dim, settings.num_latents, settings.num_classes, settings.rssm_hidden_dim, dtype
         ),
@@ -80,12 +82,17 @@ def feature_dim(settings: Any) -> int:
     return settings.deterministic_dim + settings.num_latents * settings.num_classes
 
 
+def embedding_dim(settings: Any) -> int:
+    """Size of an embedding, E."""
+    return settings.fused_dim + settings.proprioception_input * specs.PROPRIOCEPTION_DIM
+
+
 def init(model: WorldModel, rng: Array) -> Params:
     """Initial parameters, float32. Heads of weight 0 have none."""
     settings = model.settings
     rngs = jax.random.split(rng, 5)
     image = jnp.zeros((1, specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), jnp.uint8)
-    embedding = jnp.zeros((1, settings.fused_dim + specs.PROPRIOCEPTION_DIM))
+    embedding = jnp.zeros((1, embedding_dim(settings)))
     latent_feature = jnp.zeros((1, feature_dim(settings)))
     params = {
         "encoder": model.encoder.init(rngs[0], image, image, jnp.zeros((1, specs.PROPRIOCEPTION_DIM))),

@@ -48,6 +48,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "kind": "conv",  # LUMOS' convolutions; "patch" is far cheaper on a CPU
             "encoder_width": 48,  # LUMOS
             "fused_dim": 1536,  # LUMOS
+            "proprioception_input": True,  # WAM, LUMOS; False: the embedding sees the cameras alone
             "deterministic_dim": 1024,  # WAM
             "num_latents": 32,  # WAM
             "num_classes": 32,  # WAM

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from experiments import finetune_policy, launch, train_policy, train_reward
+from experiments import config_checks, finetune_policy, train_policy, train_reward
 from wam_jax import cli, world_model
 
 PAPER = {  # by part: what the paper states, and parameters of the public PyTorch code that it builds on
@@ -56,7 +56,7 @@ def load_config(name: str) -> FrozenConfigDict:
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(); name a file of experiments/configs/")
     config: ConfigDict = module.get_config(method) if method else module.get_config()
-    launch.check(config)
+    config_checks.check(config)
     return FrozenConfigDict(config)
 
 

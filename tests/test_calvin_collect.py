@@ -15,7 +15,7 @@ from calvin_files import ASSETS, SHARED, needs_simulator
 from ml_collections import FrozenConfigDict
 
 from data.calvin import conversion, convert, export, pickled_npy
-from experiments import collect_calvin, launch
+from experiments import collect_calvin, config_checks, launch
 from experiments.configs import calvin_d_scripted
 from wam_jax import datasets, json_files, rlds, shards, specs
 from wam_jax.environments.calvin import play
@@ -200,10 +200,10 @@ def test_notes_that_were_lost_with_the_process_are_written_again(workdir, tmp_pa
 def test_pictures_that_a_policy_was_not_trained_on_are_refused(workdir):
     changed = calvin_d_scripted.get_config()
     changed.update_from_flattened_dict(SIZES | {"dataset.play": str(workdir / "data/calvin_play")})
-    launch.check(changed)
+    config_checks.check(changed)
     changed.dataset.pictures = "averaged"
     with pytest.raises(ValueError, match="holds pictures that are 'drawn', and config.dataset.pictures='averaged'"):
-        launch.check(changed)
+        config_checks.check(changed)
 
 
 @needs_simulator

@@ -9,7 +9,7 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import collect_playtable, launch, reproduce, train_world_model
+from experiments import collect_playtable, config_checks, launch, reproduce, train_world_model
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +110,12 @@ def test_batches_must_divide_over_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices() * 3)
     config = change("num_devices", 3)
     with pytest.raises(ValueError, match="config.world_model.batch_size=4 .* by 3 devices.*: 3$"):
-        launch.check(config)
+        config_checks.check(config)
     for path in ("world_model.batch_size", "policy.batch_size", "ppo.num_rollouts"):
         change(path, 6, config)
     with pytest.raises(ValueError, match="config.reward.batch_size=16 .* 3 devices.*; take a multiple of 6"):
-        launch.check(config)
-    launch.check(change("reward.batch_size", 12, config))
+        config_checks.check(config)
+    config_checks.check(change("reward.batch_size", 12, config))
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,9 @@ def _check_ranges(values: dict) -> None:
 
 def _check_agreement(config: ConfigDict) -> None:
     """Checks values that only make sense together."""
-    if config.policy.compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"config.policy.compute_dtype={config.policy.compute_dtype!r}; expected 'float32' or 'bfloat16'"
-        )
+    for key, choices in (("kind", ("diffusion", "gaussian")), ("compute_dtype", ("float32", "bfloat16"))):
+        if config.policy[key] not in choices:
+            raise ValueError(f"config.policy.{key}={config.policy[key]!r}; expected {' or '.join(map(repr, choices))}")
     chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
     if max_steps < chunk or max_steps % chunk:
         raise ValueError(

@@ -105,6 +105,7 @@ _SIZES = {
     "embedding": lambda config: f"{world_model.embedding_dim(config.world_model):,}",
     "h; z": lambda config: _latent(config.world_model),
     "feature": lambda config: f"{world_model.feature_dim(config.world_model):,}",
+    "kind of policy": lambda config: config.policy.kind,
     "weight of the action loss": lambda config: f"{config.world_model.action_weight:g}",
 }
 

@@ -183,6 +183,16 @@ def test_mistakes_are_named(changes, only, message):
         diagnose.check(CONFIG, options, only)
 
 
+def test_a_gaussian_policy_has_no_noise_to_vary():
+    config, options = smoke_config.get_config(), diagnoses.Options(**{**OPTIONS.__dict__, "noise": (0.4,)})
+    diagnose.check(config, options, ())
+    config.policy.kind = "gaussian"
+    with pytest.raises(
+        ValueError, match="--noise changes policy.evaluation_std, which a Gaussian policy does not have"
+    ):
+        diagnose.check(config, options, ())
+
+
 def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(monkeypatch, tmp_path):
     done, episodes = [], {"num_episodes": 3}
 

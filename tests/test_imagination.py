@@ -16,6 +16,7 @@ STATE_DIM = 3 + 2 * 4
 SETTINGS = ml_collections.FrozenConfigDict({"num_rollouts": 64, "horizon": 3, "resample_latent": True})
 POLICY_SETTINGS = ml_collections.FrozenConfigDict(
     {
+        "kind": "diffusion",
         "hidden_dim": 16,
         "num_blocks": 1,
         "time_dim": 16,

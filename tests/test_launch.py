@@ -56,6 +56,7 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("world_model.kl_weight", float("inf"), "config.world_model.kl_weight=inf; expected a number above 0"),
         ("world_model.open_loop_weight", -1.0, "config.world_model.open_loop_weight=-1.0; expected a number of 0 or"),
         ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
+        ("policy.kind", "normal", "config.policy.kind='normal'; expected 'diffusion' or 'gaussian'"),
         ("policy.compute_dtype", "half", "config.policy.compute_dtype='half'; expected"),
         ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
         ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),

@@ -79,6 +79,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     )
     config.policy = ConfigDict(
         {
+            "kind": "diffusion",  # or DiWA's ablation "gaussian", in one step: the two numbers of steps are not read
             "hidden_dim": 512,  # DiWA
             "num_blocks": 1,  # DPPO: "[512, 512, 512]" is one residual block
             "time_dim": 16,  # DPPO
@@ -86,7 +87,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "chunk": 4,  # WAM: predict 4, execute 4
             "denoising_steps": 20,  # WAM, K
             "finetuned_steps": 10,  # WAM, F: the last ones, which PPO trains
-            "exploration_std": 0.1,  # DPPO, least noise of a step while PPO collects
+            "exploration_std": 0.1,  # DPPO, least noise of a step while PPO collects; all the noise of a Gaussian
             "evaluation_std": 1e-3,  # DPPO
             "noise_clip": 3.0,  # DPPO
             "batch_size": 256,  # WAM

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments import launch, train_policy, train_reward, train_world_model
-from wam_jax import imagination, latents, parallel, ppo, specs, success_classifier, training, world_model
+from wam_jax import imagination, latents, parallel, ppo, reward_rules, specs, training, world_model
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.world_model import WorldModel
@@ -95,7 +95,7 @@ def imagination_functions(config, model: WorldModel) -> dict:
     """The learned environment's dynamics and reward, as imagination.py asks for them."""
     return {
         "imagine_step": functools.partial(world_model.imagine_step, model),
-        "reward_rule": functools.partial(success_classifier.reward_rule, settings=train_reward.reward_settings(config)),
+        "reward_rule": functools.partial(reward_rules.in_a_row, **train_reward.rule(config, model)),
     }
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import finetune_policy, made_up, train_policy, train_reward
 from experiments.configs import quickstart
-from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, success_classifier, world_model
+from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, reward_rules, specs, world_model
 from wam_jax import imagination as imagination_lib
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
@@ -219,13 +219,14 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
     devices, settings = parallel.local_devices(config.num_devices), finetune_policy.ppo_settings(config)
     model, params = _world_model(config)
     base_policy = train_policy.initial_state(config, config.tasks[0]).params
-    reward_settings = train_reward.reward_settings(config)
+    if config.reward.kind == "scene":
+        reward_params = reward_rules.scene_params(params, config.tasks[0])
+    else:
+        reward_params = train_reward.initial_state(config, config.tasks[0]).params
     inputs = ImaginationInputs(
         start=made_up.latents(config, 64),
         world_model_params=params,
-        reward_params=success_classifier.init(
-            jax.random.key(2), world_model.feature_dim(config.world_model), reward_settings
-        ).params,
+        reward_params=reward_params,
         base_policy_params=base_policy,
     )
     state = finetune_policy.initial_state(config, config.tasks[0], base_policy)

@@ -45,7 +45,7 @@ def imagine_step(params, latent, action, rng):
     return LatentState(deterministic, latent.logits, rssm.sample_stochastic(latent.logits, rng))
 
 
-def reward_rule(params, feature, count):
+def reward_rule(params, feature, first_feature, count):
     return feature[..., 0] > params["goal"], count + 1
 
 
@@ -68,7 +68,7 @@ def make_inputs(goal, start=None):
 
 PAIR = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
 STATIC = {"imagine_step": imagine_step, "reward_rule": reward_rule}
-reset = jax.jit(functools.partial(imagination.reset, settings=SETTINGS))
+reset = jax.jit(functools.partial(imagination.reset, policy_settings=POLICY_SETTINGS, settings=SETTINGS))
 step_chunk = jax.jit(
     functools.partial(imagination.step_chunk, policy_settings=POLICY_SETTINGS, settings=PAIR, **STATIC)
 )

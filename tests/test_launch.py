@@ -58,6 +58,12 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
         ("policy.kind", "normal", "config.policy.kind='normal'; expected 'diffusion' or 'gaussian'"),
         ("policy.compute_dtype", "half", "config.policy.compute_dtype='half'; expected"),
+        ("reward.kind", "rule", "config.reward.kind='rule'; expected 'classifier' or 'scene'"),
+        (
+            "reward.kind",
+            "scene",
+            "kind='scene' needs a world model that decodes .*scene_weight is 0; take a weight above",
+        ),
         ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
         ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),
         ("tasks", ("open_drawer", "open_drawer"), "config.tasks names 'open_drawer' twice"),

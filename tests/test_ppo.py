@@ -78,7 +78,7 @@ def imagine_step(params, latent, action, rng):
     return latent.replace(deterministic=latent.deterministic + moved)
 
 
-def reward_rule(params, feature, count):
+def reward_rule(params, feature, first_feature, count):
     return feature[..., 0] > params["goal"], count
 
 

@@ -57,11 +57,13 @@ def get_config(method: str = "wam") -> ConfigDict:
             "decoder_dim": 1536,  # LUMOS
             "inverse_dynamics_dims": (512, 512),  # three layers in WAM, widths not given
             "proprioception_dims": (256,),  # ours; unused at weight 0
+            "scene_dims": (256,),  # ours; unused at weight 0
             "compute_dtype": "float32",  # "bfloat16" on accelerators
             "kl_weight": 3.0,  # WAM (LUMOS: 0.3); nats, summed over latents
             "kl_balance": 0.8,  # WAM
             "action_weight": METHODS[method],  # WAM: 1000; absolute error, mean over 7 dims
             "proprioception_weight": 0.0,  # ours, not in the paper
+            "scene_weight": 0.0,  # above 0 DiWA's hybrid: the mechanisms' state as another decoder's target; value ours
             "open_loop_weight": 0.0,  # ours, not in the paper
             "open_loop_steps": 10,
             "soft_prior": False,  # True: imagination feeds back expected z in place of samples
@@ -106,6 +108,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     )
     config.reward = ConfigDict(
         {
+            "kind": "classifier",  # or "scene" (DiWA's hybrid): the oracle on decoded scene states; nothing to train
             "embedding_dims": (512, 512),  # DiWA
             "classification_dims": (512, 512),  # DiWA
             "temperature": 0.1,  # of NT-Xent; ours, DiWA gives none

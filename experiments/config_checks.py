@@ -93,9 +93,17 @@ def _check_ranges(values: dict) -> None:
 
 def _check_agreement(config: ConfigDict) -> None:
     """Checks values that only make sense together."""
-    if config.policy.compute_dtype not in ("float32", "bfloat16"):
+    for stage, key, *choices in (
+        ("policy", "kind", "diffusion", "gaussian"),
+        ("policy", "compute_dtype", "float32", "bfloat16"),
+        ("reward", "kind", "classifier", "scene"),
+    ):
+        if config[stage][key] not in choices:
+            raise ValueError(f"config.{stage}.{key}={config[stage][key]!r}; expected {' or '.join(map(repr, choices))}")
+    if config.reward.kind == "scene" and not config.world_model.scene_weight:
         raise ValueError(
-            f"config.policy.compute_dtype={config.policy.compute_dtype!r}; expected 'float32' or 'bfloat16'"
+            "config.reward.kind='scene' needs a world model that decodes scene states, and config.world_model."
+            "scene_weight is 0; take a weight above 0, e.g. 1000, or reward.kind=classifier"
         )
     chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
     if max_steps < chunk or max_steps % chunk:

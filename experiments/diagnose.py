@@ -61,6 +61,8 @@ def check(config, options: Options, only: Sequence[str]) -> None:
             raise ValueError(f"--tasks={task}: the run has {', '.join(config.tasks)}")
     if options.seed_offset == 0:
         raise ValueError("--seed_offset=0 would be the evaluation's own starts; nothing is to be chosen on those")
+    if options.noise and config.policy.kind == "gaussian":
+        raise ValueError("--noise changes policy.evaluation_std, which a Gaussian policy does not have; leave it out")
     for name in ("contexts", "horizons"):
         values = getattr(options, name)
         if not values or min(values) < 1 or list(values) != sorted(set(values)):

@@ -229,8 +229,9 @@ def _classify(
     config, workdir: str, options: Options, task: str, candidate: Candidate, rewards: Params
 ) -> dict[str, Any]:
     windows, solved = _record(config, workdir, options, task, candidate)
-    features = _filter(config, workdir, options, windows)[:, 1:]
-    quality = replay.classifier_quality(rewards, features, solved[:, 1:], settings=train_reward.reward_settings(config))
+    features = _filter(config, workdir, options, windows)
+    rule = train_reward.rule(config, train_world_model.load(config, workdir)[0])
+    quality = replay.classifier_quality(rewards, features, solved[:, 1:], **rule)
     return quality | {"data": train_reward.read_quality(workdir).get(task, {})}
 
 
@@ -299,20 +300,20 @@ def _diverge(
 ) -> dict[str, Any]:
     windows, solved = _record(config, workdir, options, task, candidate)
     model, params = train_world_model.load(config, workdir)
-    filtered = _filter(config, workdir, options, windows)[:, 1:]
+    filtered = _filter(config, workdir, options, windows)
     imagined = open_loop.imagined(
         model, params, windows, jax.random.key(_start_seed(config, options)), first=0, context=1,
         settings=train_policy.policy_settings(config), horizon=config.evaluation.max_steps,
-    )[:, 1:]  # fmt: skip
-    reward_settings = train_reward.reward_settings(config)
+    )  # fmt: skip
+    rule = train_reward.rule(config, model)
     fitted, _ = _probes(config, workdir, _window_length(options), options.train_windows)
     episodes = replay.Replay(
-        imagined=imagined,
-        filtered=filtered,
+        imagined=imagined[:, 1:],
+        filtered=filtered[:, 1:],
         state=windows.state[:, 1:],
         solved=solved[:, 1:],
-        imagined_fires=replay.fires(rewards, imagined, settings=reward_settings),
-        filtered_fires=replay.fires(rewards, filtered, settings=reward_settings),
+        imagined_fires=replay.fires(rewards, imagined, **rule),
+        filtered_fires=replay.fires(rewards, filtered, **rule),
     )
     mechanism, consecutive = probes.task_quantity(task), config.reward.consecutive
     return replay.divergence(episodes, fitted.state, mechanism, consecutive=consecutive, slack=config.policy.chunk)

@@ -21,8 +21,8 @@ from wam_jax import (
     latents,
     parallel,
     ppo,
+    reward_rules,
     specs,
-    success_classifier,
     training,
     trust,
     world_model,
@@ -212,7 +212,7 @@ def imagination_functions(config, model: WorldModel) -> dict:
     """The learned environment's dynamics and reward, as imagination.py asks for them."""
     return {
         "imagine_step": functools.partial(world_model.imagine_step, model),
-        "reward_rule": functools.partial(success_classifier.reward_rule, settings=train_reward.reward_settings(config)),
+        "reward_rule": functools.partial(reward_rules.in_a_row, **train_reward.rule(config, model)),
     }
 
 

@@ -23,11 +23,12 @@ PAPER = {  # by part: what the paper states, and parameters of the public PyTorc
     "decoder": ("two cameras", "19,157,286 (LUMOS)"),
     "inverse_dynamics": ("WAM only: three layers, [e; e'] -> 7; widths not given", ""),
     "proprioception_decoder": ("none", ""),
+    "scene_decoder": ("none", ""),
     "policy": ("DiffusionMLP, 20 denoising steps, chunk of 4", "1,612,364 (DPPO)"),
     "critic": ("", "656,385 (DPPO)"),
     "classifier": ("", ""),
 }
-WORLD_MODEL_PARTS = ("encoder", "rssm", "decoder", "inverse_dynamics", "proprioception_decoder")
+WORLD_MODEL_PARTS = ("encoder", "rssm", "decoder", "inverse_dynamics", "proprioception_decoder", "scene_decoder")
 NOTE = (
     "Policy, critic and classifier are one task's. The paper states sizes and no parameter counts, so a count stands "
     "beside it where the public code it builds on was counted."
@@ -70,8 +71,9 @@ def count_parameters(config: FrozenConfigDict) -> dict[str, int]:
         others = {
             "policy": policy.params,
             "critic": fine_tuned.params.critic,
-            "classifier": train_reward.initial_state(config, task).params,
         }
+        if config.reward.kind == "classifier":
+            others["classifier"] = train_reward.initial_state(config, task).params
         return world_model.init(world_model.build(config.world_model), rng) | others
 
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -102,8 +104,10 @@ def _latent(settings: Any) -> str:
 
 _SIZES = {
     "kind of encoder and decoder": lambda config: config.world_model.kind,
+    "embedding": lambda config: f"{world_model.embedding_dim(config.world_model):,}",
     "h; z": lambda config: _latent(config.world_model),
     "feature": lambda config: f"{world_model.feature_dim(config.world_model):,}",
+    "kind of policy": lambda config: config.policy.kind,
     "weight of the action loss": lambda config: f"{config.world_model.action_weight:g}",
 }
 

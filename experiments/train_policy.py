@@ -1,4 +1,4 @@
-"""Clones a diffusion policy for each task from demonstrations, on the latents of the frozen world model.
+"""Clones a policy, diffusion or Gaussian, for each task from demonstrations, on the latents of the frozen world model.
 
 python -m experiments.train_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 """
@@ -46,9 +46,10 @@ def stage(task: str) -> str:
 
 
 def policy_settings(config):
-    """`config.policy` with what follows from it: the share of a device in the batch, and the length of the decay."""
+    """`config.policy` with what follows from it: a device's share of a batch, the decay's length, a Gaussian's step."""
     batch_size = config.policy.batch_size // parallel.device_count(config.num_devices)
-    return launch.stage_settings(config.policy, batch_size=batch_size, decay_steps=config.policy.num_steps)
+    steps = {"denoising_steps": 1, "finetuned_steps": 1} if config.policy.kind == "gaussian" else {}
+    return launch.stage_settings(config.policy, batch_size=batch_size, decay_steps=config.policy.num_steps, **steps)
 
 
 def initial_state(config, task: str) -> diffusion_policy.PolicyState:

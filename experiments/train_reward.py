@@ -10,14 +10,28 @@ import jax
 import numpy as np
 
 from experiments import launch, train_policy, train_world_model
-from wam_jax import datasets, json_files, latents, parallel, specs, success_classifier, training, world_model
+from wam_jax import (
+    datasets,
+    json_files,
+    latents,
+    parallel,
+    reward_rules,
+    specs,
+    success_classifier,
+    training,
+    world_model,
+)
 from wam_jax.types import LatentState, Params, StepBatch
+from wam_jax.world_model import WorldModel
 
 _IMAGINED = 1  # tells the key of imagination from those of the filter
 
 
 def run(config, workdir: str) -> None:
     """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play."""
+    if config.reward.kind == "scene":
+        print("reward.kind='scene': the rule reads what the world model decodes; there is nothing to train")
+        return
     settings = reward_settings(config)
     quality = read_quality(workdir)
     tasks = [
@@ -121,8 +135,19 @@ def write_quality(workdir: str, quality: dict) -> None:
     json_files.write(os.path.join(workdir, "reward", "quality.json"), quality)
 
 
+def rule(config, model: WorldModel) -> dict:
+    """The reward rule's verdict and the number of frames in a row, as reward_rules.py asks for them."""
+    if config.reward.kind == "scene":
+        verdict = functools.partial(reward_rules.by_scene, decoder=model.scene_decoder)
+    else:
+        verdict = functools.partial(reward_rules.by_classifier, settings=reward_settings(config))
+    return {"verdict": verdict, "consecutive": config.reward.consecutive}
+
+
 def load(config, workdir: str, task: str) -> Params:
-    """The success classifier of a task."""
+    """What the reward rule of a task reads: the success classifier, or the world model's decoder of scene states."""
+    if config.reward.kind == "scene":
+        return reward_rules.scene_params(train_world_model.load(config, workdir)[1], task)
     template = jax.eval_shape(functools.partial(initial_state, config, task))
     return training.load_finished(
         template, stage=stage(task), workdir=workdir, settings=reward_settings(config).to_dict(),

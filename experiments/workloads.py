@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import finetune_policy, made_up, train_policy, train_reward
 from experiments.configs import quickstart
-from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, success_classifier, world_model
+from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, reward_rules, specs, world_model
 from wam_jax import imagination as imagination_lib
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
@@ -74,8 +74,7 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
     Args:
       config: gives the sizes of one device; its `num_devices` run data parallel, each with a batch of that size.
     """
-    devices = len(parallel.local_devices(config.num_devices))
-    config = _of_all(config, devices)
+    config = _of_all(config, devices := len(parallel.local_devices(config.num_devices)))
     found: dict[str, Callable[[], Workload]] = {}
     for dtype in ("float32", "bfloat16"):
         sizes = _changed(_changed(config, "world_model", compute_dtype=dtype), "policy", compute_dtype=dtype)
@@ -85,8 +84,10 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
             found[label] = functools.partial(world_model_update, windows, "world_model_update")
         for build in (imagination, bc_update, ppo_iteration, ppo_iteration_without_bc, ppo_iteration_of_tasks, encoder):
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
-    name, small = "world_model_update_quickstart", _quickstart(config, devices)
-    found[name] = functools.partial(world_model_update, small, name)
+    small = _quickstart(config, devices)
+    found["world_model_update_quickstart"] = functools.partial(
+        world_model_update, small, "world_model_update_quickstart"
+    )
     fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
@@ -222,13 +223,14 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
     devices, settings = parallel.local_devices(config.num_devices), finetune_policy.ppo_settings(config)
     model, params = _world_model(config)
     base_policy = train_policy.initial_state(config, config.tasks[0]).params
-    reward_settings = train_reward.reward_settings(config)
+    if config.reward.kind == "scene":
+        reward_params = reward_rules.scene_params(params, config.tasks[0])
+    else:
+        reward_params = train_reward.initial_state(config, config.tasks[0]).params
     inputs = ImaginationInputs(
         start=made_up.latents(config, 64),
         world_model_params=params,
-        reward_params=success_classifier.init(
-            jax.random.key(2), world_model.feature_dim(config.world_model), reward_settings
-        ).params,
+        reward_params=reward_params,
         base_policy_params=base_policy,
     )
     state = finetune_policy.initial_state(config, config.tasks[0], base_policy)

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
-from wam_jax import input_pipeline, parallel, rlds, specs, world_model
+from wam_jax import input_pipeline, parallel, reward_rules, rlds, specs, world_model
 from wam_jax import shards as shard_files
 from wam_jax.types import LatentState, Observation, StepBatch
 
@@ -33,6 +33,7 @@ WORLD_MODEL = dict(
     decoder_dim=16,
     inverse_dynamics_dims=(16, 16),
     proprioception_dims=(16,),
+    scene_dims=(16,),
     kl_weight=3.0,
     kl_balance=0.8,
     proprioception_weight=10.0,
@@ -84,6 +85,12 @@ def make_model(method: str = "wam", **world_model_changes) -> world_model.WorldM
 def freeze(settings: ConfigDict, **changes) -> FrozenConfigDict:
     """A stage's settings as the binaries hand them on, with derived values."""
     return FrozenConfigDict({**settings.to_dict(), **changes})
+
+
+def classifier_rule(settings):
+    """The reward rule of imagination by the success classifier."""
+    verdict = functools.partial(reward_rules.by_classifier, settings=settings)
+    return functools.partial(reward_rules.in_a_row, verdict=verdict, consecutive=settings.consecutive)
 
 
 @functools.cache

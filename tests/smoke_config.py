@@ -25,6 +25,7 @@ def get_config(method: str = "wam") -> ConfigDict:
         decoder_dim=16,
         inverse_dynamics_dims=(16, 16),
         proprioception_dims=(16,),
+        scene_dims=(16,),
         open_loop_steps=4,
         batch_size=2,
         window_length=8,

@@ -133,6 +133,26 @@ def test_a_second_reproduce_does_no_work(chain):
     assert files(workdir) == before
 
 
+def test_baselines_are_config_values(chain, tmp_path):
+    workdir, data = tmp_path / "run", chain.workdir / "data"
+    values = {
+        "dataset.play": data / "playtable_play",
+        "dataset.demonstrations": data / "playtable_demonstrations",
+        "tasks": "('turn_on_led',)",
+        "world_model.proprioception_input": False,
+        "world_model.scene_weight": 1,
+        "reward.kind": "scene",
+        "policy.kind": "gaussian",
+    }
+    printed = run("reproduce", workdir, *(f"--config.{key}={value}" for key, value in values.items())).stdout
+    assert "there is nothing to train" in printed and not (workdir / "reward").exists()
+    rows = tables.load(str(workdir / "table.json"))
+    assert [(row.task, row.stage) for row in rows] == [("turn_on_led", "bc"), ("turn_on_led", "ppo")]
+    assert all(0 <= row.imagined_success <= 1 for row in rows)
+    only = run("diagnose", workdir, *DIAGNOSE, "--num_episodes=2", "--num_windows=4", "--only=classifier").stdout
+    assert "turn_on_led/ppo 2" in only.replace("turn on led", "turn_on_led")
+
+
 def test_the_expert_is_evaluated_beside_the_others(chain):
     workdir = chain.workdir
     printed = run("evaluate", workdir, "--policy=expert").stdout

@@ -10,7 +10,7 @@ import smoke_config
 from ml_collections import FrozenConfigDict
 
 from experiments import diagnose, diagnoses, diagnosis_report
-from wam_jax import calibration, intervals, open_loop, probes, replay, specs, success_classifier
+from wam_jax import calibration, intervals, open_loop, probes, replay, specs
 from wam_jax.calibration import Point
 
 quick_compilation = helpers.quick_compilation
@@ -106,17 +106,22 @@ def test_intervals_hold_the_mean_and_narrow_with_more_units():
 SOLVED = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1]], bool)
 
 
-def plant(monkeypatch, positive):
-    """A classifier that says what is planted: the features hold the verdicts."""
-    monkeypatch.setattr(success_classifier, "success_probability", lambda params, feature, settings: feature[..., 0])
-    return positive[..., None].astype(np.float32)
+def planted(params, feature, first_feature):
+    """In place of a classifier: the features hold the verdicts, and the first ones that they are the first."""
+    assert (first_feature == -1).all()
+    return feature[..., 0] > 0
+
+
+def plant(positive):
+    """Features that make `planted` say what is planted after the first frame."""
+    features = np.concatenate([np.full_like(positive[:, :1], -1, np.float32), positive], axis=1)
+    return features[..., None].astype(np.float32)
 
 
 @pytest.mark.parametrize("consecutive", [1, 2])
-def test_a_classifier_that_always_fires_has_one_false_alarm_an_episode(monkeypatch, consecutive):
-    settings = FrozenConfigDict({"threshold": 0.5, "consecutive": consecutive})
-    features = plant(monkeypatch, np.ones_like(SOLVED))
-    quality = replay.classifier_quality({}, features, SOLVED, settings=settings)
+def test_a_classifier_that_always_fires_has_one_false_alarm_an_episode(consecutive):
+    rule = {"verdict": planted, "consecutive": consecutive}
+    quality = replay.classifier_quality({}, plant(np.ones_like(SOLVED)), SOLVED, **rule)
     assert quality["frames"]["precision"] == pytest.approx(6 / 18) and quality["frames"]["recall"] == 1
     rule = quality["rule"]
     assert (rule["fires"], rule["real_successes"]) == (3, 2)
@@ -128,12 +133,12 @@ def test_a_classifier_that_always_fires_has_one_false_alarm_an_episode(monkeypat
     assert rule["precision"]["count"] == 3 - false and rule["recall"]["share"] == 1
 
 
-def test_a_classifier_that_knows_has_none(monkeypatch):
-    settings = FrozenConfigDict({"threshold": 0.5, "consecutive": 2})
-    rule = replay.classifier_quality({}, plant(monkeypatch, SOLVED), SOLVED, settings=settings)["rule"]
+def test_a_classifier_that_knows_has_none():
+    two = {"verdict": planted, "consecutive": 2}
+    rule = replay.classifier_quality({}, plant(SOLVED), SOLVED, **two)["rule"]
     assert rule["false_alarms_per_episode"]["value"] == 0 and rule["precision"]["share"] == rule["recall"]["share"] == 1
     assert rule["delay"] == 1 and rule["fires_on_failures"]["share"] == 0
-    never = replay.classifier_quality({}, plant(monkeypatch, 0 * SOLVED), SOLVED, settings=settings)
+    never = replay.classifier_quality({}, plant(0 * SOLVED), SOLVED, **two)
     assert never["frames"]["precision"] is None and never["rule"]["recall"]["share"] == 0
 
 
@@ -181,6 +186,16 @@ def test_mistakes_are_named(changes, only, message):
     options = diagnoses.Options(**{**OPTIONS.__dict__, **changes})
     with pytest.raises(ValueError, match=re.escape(message)):
         diagnose.check(CONFIG, options, only)
+
+
+def test_a_gaussian_policy_has_no_noise_to_vary():
+    config, options = smoke_config.get_config(), diagnoses.Options(**{**OPTIONS.__dict__, "noise": (0.4,)})
+    diagnose.check(config, options, ())
+    config.policy.kind = "gaussian"
+    with pytest.raises(
+        ValueError, match="--noise changes policy.evaluation_std, which a Gaussian policy does not have"
+    ):
+        diagnose.check(config, options, ())
 
 
 def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(monkeypatch, tmp_path):

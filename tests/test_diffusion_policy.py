@@ -22,6 +22,7 @@ ROWS = 4000
 
 def make_settings(**changes):
     settings = {
+        "kind": "diffusion",
         "hidden_dim": 64,
         "num_blocks": 1,
         "time_dim": 16,
@@ -114,7 +115,7 @@ def plain_network(params, chunk, step, state):
 
 
 def test_a_state_used_for_many_steps_equals_concatenation_in_value_and_gradient():
-    network, rng, step = diffusion_policy.denoiser(make_settings()), np.random.default_rng(0), jnp.arange(3)
+    network, rng, step = diffusion_policy.network(make_settings()), np.random.default_rng(0), jnp.arange(3)
     chunk, weight = (rng.normal(size=(2, 5, 3, 4, 7)).astype(np.float32) for _ in range(2))  # two chains a state
     state = rng.normal(size=(5, STATE_DIM)).astype(np.float32)
 

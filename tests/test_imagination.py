@@ -16,6 +16,7 @@ STATE_DIM = 3 + 2 * 4
 SETTINGS = ml_collections.FrozenConfigDict({"num_rollouts": 64, "horizon": 3, "resample_latent": True})
 POLICY_SETTINGS = ml_collections.FrozenConfigDict(
     {
+        "kind": "diffusion",
         "hidden_dim": 16,
         "num_blocks": 1,
         "time_dim": 16,
@@ -44,7 +45,7 @@ def imagine_step(params, latent, action, rng):
     return LatentState(deterministic, latent.logits, rssm.sample_stochastic(latent.logits, rng))
 
 
-def reward_rule(params, feature, count):
+def reward_rule(params, feature, first_feature, count):
     return feature[..., 0] > params["goal"], count + 1
 
 
@@ -67,7 +68,7 @@ def make_inputs(goal, start=None):
 
 PAIR = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
 STATIC = {"imagine_step": imagine_step, "reward_rule": reward_rule}
-reset = jax.jit(functools.partial(imagination.reset, settings=SETTINGS))
+reset = jax.jit(functools.partial(imagination.reset, policy_settings=POLICY_SETTINGS, settings=SETTINGS))
 step_chunk = jax.jit(
     functools.partial(imagination.step_chunk, policy_settings=POLICY_SETTINGS, settings=PAIR, **STATIC)
 )

@@ -229,7 +229,7 @@ def check_ppo_iteration_on_8_devices():
     update = functools.partial(
         ppo.iteration,
         imagine_step=functools.partial(world_model.imagine_step, model),
-        reward_rule=functools.partial(success_classifier.reward_rule, settings=reward_settings),
+        reward_rule=helpers.classifier_rule(reward_settings),
         policy_settings=policy_settings,
         settings=settings,
     )

@@ -17,6 +17,7 @@ from wam_jax.types import LatentState
 STATE_DIM = 2 + 1 * 2
 POLICY_SETTINGS = ml_collections.FrozenConfigDict(
     {
+        "kind": "diffusion",
         "hidden_dim": 32,
         "num_blocks": 1,
         "time_dim": 16,
@@ -35,6 +36,9 @@ POLICY_SETTINGS = ml_collections.FrozenConfigDict(
         "standardize": False,
         "soft_feature": False,
     }
+)
+GAUSSIAN = ml_collections.FrozenConfigDict(
+    {**POLICY_SETTINGS, "kind": "gaussian", "denoising_steps": 1, "finetuned_steps": 1, "exploration_std": 0.3}
 )
 
 
@@ -74,25 +78,27 @@ def imagine_step(params, latent, action, rng):
     return latent.replace(deterministic=latent.deterministic + moved)
 
 
-def reward_rule(params, feature, count):
+def reward_rule(params, feature, first_feature, count):
     return feature[..., 0] > params["goal"], count
 
 
 @functools.cache
-def make_policy(seed=0):
-    init = functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=POLICY_SETTINGS)
+def make_policy(seed=0, settings=POLICY_SETTINGS):
+    init = functools.partial(diffusion_policy.init, state_dim=STATE_DIM, settings=settings)
     return jax.jit(init)(jax.random.key(seed)).params
 
 
 @functools.cache
-def make_state():
+def make_state(settings=POLICY_SETTINGS):
     init = functools.partial(ppo.init, state_dim=STATE_DIM, settings=make_settings())
-    return jax.jit(init)(jax.random.key(1), make_policy())
+    return jax.jit(init)(jax.random.key(1), make_policy(settings=settings))
 
 
-def make_inputs(goal=1.0):
+def make_inputs(goal=1.0, settings=POLICY_SETTINGS):
     start = LatentState(jnp.zeros((3, 2)), jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)).at[..., 0].set(1))
-    return ImaginationInputs(start, {"gain": jnp.asarray(0.25)}, {"goal": jnp.asarray(goal)}, make_policy())
+    return ImaginationInputs(
+        start, {"gain": jnp.asarray(0.25)}, {"goal": jnp.asarray(goal)}, make_policy(settings=settings)
+    )
 
 
 @functools.cache
@@ -244,14 +250,15 @@ def test_minibatches_cover_distinct_decisions_and_drop_the_remainder():
     assert ppo._minibatch_rows(jax.random.key(0), 50, settings).shape == (2, 50)
 
 
-def test_learns_a_trivial_task_with_one_trace():
-    settings, inputs, traces = make_settings(), make_inputs(), []
-    state = first_state = make_state()
+@pytest.mark.parametrize(("policy", "goal"), [(POLICY_SETTINGS, 1.0), (GAUSSIAN, 0.4)], ids=["diffusion", "gaussian"])
+def test_learns_a_trivial_task_with_one_trace(policy, goal):
+    settings, inputs, traces = make_settings(), make_inputs(goal, policy), []
+    state = first_state = make_state(policy)
 
     @jax.jit
     def iterate(state, inputs, rng):
         traces.append(1)
-        static = {"policy_settings": POLICY_SETTINGS, "settings": settings}
+        static = {"policy_settings": policy, "settings": settings}
         return ppo.iteration(state, inputs, rng, imagine_step=imagine_step, reward_rule=reward_rule, **static)
 
     history = []

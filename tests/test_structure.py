@@ -21,6 +21,7 @@ LEARNING = (
     "inverse_dynamics",
     "diffusion_policy",
     "success_classifier",
+    "reward_rules",
     "imagination",
     "ppo",
     "networks",

@@ -101,27 +101,6 @@ def test_user_mistakes_are_named():
         success_classifier.balanced_indices(jax.random.key(0), jnp.asarray([0, 1]), 7)
 
 
-def test_reward_rule_counts_consecutive_frames():
-    settings, bank = make_settings(), make_bank()
-    state = make_state()
-    feature = rssm.feature(bank.latent)
-    probability = success_classifier.success_probability(state.params, feature, settings=settings)
-    low, high = feature[probability.argmin()], feature[probability.argmax()]
-    rule = make_settings(threshold=float(probability.mean()), consecutive=3)
-    frames = [high, high, low, high, high, high, high, low]
-    count, fired = jnp.zeros(1, jnp.int32), []
-    for chunk in (frames[:3], frames[3:]):  # the count goes on from chunk to chunk
-        chunk = jnp.stack(chunk)[:, None]
-        success, count = success_classifier.reward_rule(state.params, chunk, count, settings=rule)
-        fired += success[:, 0].tolist()
-    assert fired == [False, False, False, False, False, True, True, False]
-    single = make_settings(threshold=float(probability.mean()))
-    success, _ = success_classifier.reward_rule(
-        state.params, high[None, None], jnp.zeros(1, jnp.int32), settings=single
-    )
-    assert success[0, 0]
-
-
 def test_precision_and_recall_count_what_they_should():
     settings, bank = make_settings(), make_bank()
     state = make_state()

@@ -162,7 +162,7 @@ def bank_stages():
     iteration = functools.partial(
         ppo.iteration,
         imagine_step=functools.partial(world_model.imagine_step, model),
-        reward_rule=functools.partial(success_classifier.reward_rule, settings=reward_settings),
+        reward_rule=helpers.classifier_rule(reward_settings),
         policy_settings=policy_settings,
         settings=ppo_settings,
     )

@@ -30,8 +30,9 @@ def imagine(model, params, encoded, episodes, rng):
     return [latents.latent_at(latent, slice(1, None)) for latent in encoded], followed
 
 
-def in_a_row(params, feature, count):
+def in_a_row(params, feature, first_feature, count):
     """Fires after CONSECUTIVE frames in a row whose first entry is above the parameter."""
+    assert first_feature.shape == feature.shape[1:]
     fired = []
     for frame in feature:
         count = jnp.where(frame[:, 0] > params, count + 1, 0)

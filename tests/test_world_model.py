@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import B, T, assert_close, assert_equal, make_model, make_state, make_steps, sample_mode
-from ml_collections import FrozenConfigDict
 
-from experiments.configs import base
 from wam_jax import specs, world_model
 from wam_jax.networks import rssm
-from wam_jax.networks.encoder import from_patches, to_patches
 
 quick_compilation = helpers.quick_compilation
 MODEL = make_model()
@@ -52,15 +49,6 @@ def forward(batch):
     return posterior, total, metrics, imagined.reshape(B, 2, 3, 4, 4)
 
 
-def count(tree):
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def param_shapes(config):
-    model = world_model.build(FrozenConfigDict(config.world_model))
-    return jax.eval_shape(functools.partial(world_model.init, model), jax.random.key(0))
-
-
 def change_frames(batch, index):
     """Other frames at `index` of the time axis."""
 
@@ -82,59 +70,16 @@ def change_actions(batch, index):
 # --- Sizes ---
 
 
-def test_full_size_has_the_parameters_of_lumos():
-    shapes = param_shapes(base.get_config())
-    more_proprioception = (specs.PROPRIOCEPTION_DIM - specs.ROBOT_OBS_DIM) * 1000  # LUMOS reads 15 entries, we 18
-    assert count(shapes["encoder"]) == 7_825_824
-    assert count(shapes["rssm"]) == 12_914_968 + more_proprioception
-    assert count(shapes["decoder"]) == 19_157_286
-    assert set(shapes) == {"encoder", "rssm", "decoder", "inverse_dynamics"}
-    assert count(shapes) - count(shapes["inverse_dynamics"]) == 39_898_078 + more_proprioception
-
-
-def test_dreamer_v2_lacks_the_inverse_dynamics_and_nothing_else():
-    wam, dreamer_v2 = (dict(param_shapes(base.get_config(method))) for method in ("wam", "dreamer_v2"))
-    assert wam.pop("inverse_dynamics")
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), wam) == jax.tree.map(lambda x: (x.shape, x.dtype), dreamer_v2)
-
-
-@pytest.mark.parametrize("kind", ["conv", "patch"])
-def test_shapes(kind):
-    model = make_model(kind=kind)
-
-    def forward(batch):
-        weights = world_model.init(model, jax.random.key(0))
-        embedding = world_model.embed(model, weights, batch.observation)
-        posterior = world_model.observe(model, weights, embedding, batch.action, jax.random.key(1))
-        start = jax.tree.map(lambda x: x[:, -1], posterior)
-        imagined = world_model.imagine(model, weights, start, batch.action[:, :3], jax.random.key(2))
-        images = world_model.decode(model, weights, imagined)
-        return embedding, posterior, imagined, images, world_model.loss(weights, batch, jax.random.key(3), model=model)
-
-    embedding, posterior, imagined, images, (loss, _) = jax.eval_shape(forward, make_steps())
-    assert embedding.shape == (B, T, 16 + specs.PROPRIOCEPTION_DIM)
-    assert posterior.deterministic.shape == (B, T, 16)
-    assert posterior.logits.shape == posterior.stochastic.shape == (B, T, 4, 4)
-    assert imagined.deterministic.shape == (B, 3, 16)
-    assert [(x.shape, x.dtype) for x in images] == [((B, 3, 64, 64, 3), jnp.uint8)] * 2
-    assert loss.shape == ()
-
-
-def test_patches_are_squares_of_the_image():
-    image = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
-    patches = to_patches(image)
-    np.testing.assert_array_equal(patches[1, 8 * 2 + 5], image[1, 16:24, 40:48].reshape(-1))
-    np.testing.assert_array_equal(from_patches(patches), image)
-
-
-def test_unknown_kind_or_dtype_is_named():
-    with pytest.raises(ValueError, match="world_model.kind='mlp'.*'conv' or 'patch'"):
-        make_model(kind="mlp")
-    with pytest.raises(ValueError, match="world_model.compute_dtype='float16'.*'bfloat16'"):
-        make_model(compute_dtype="float16")
-
-
-# --- What may depend on what ---
+def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_loss():
+    model = make_model(proprioception_input=False, proprioception_weight=0.0, open_loop_weight=0.0)
+    batch = make_steps()
+    robot_obs = make_steps(seed=99).observation.robot_obs
+    changed = batch.replace(observation=batch.observation.replace(robot_obs=robot_obs))
+    weights = make_state(model).params
+    embed = jax.jit(functools.partial(world_model.embed, model))
+    assert embed(weights, batch.observation).shape == (B, T, 16)
+    assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
+    assert_equal(*(compile_forward(model)(weights, x) for x in (batch, changed)))
 
 
 def test_the_future_never_changes_past_posteriors():
@@ -252,6 +197,41 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert set(metrics) == {"loss", *weights, *details}
     np.testing.assert_allclose(total, sum(weight * metrics[name] for name, weight in weights.items()), rtol=1e-6)
     assert metrics["loss"] == total
+
+
+def test_the_scene_decoder_is_trained_on_filtered_and_on_imagined_features_of_the_mechanisms_alone():
+    model = make_model(scene_weight=3.0)
+    weights, batch = make_state(model).params, make_steps()
+    plain = {name: tree for name, tree in weights.items() if name != "scene_decoder"}
+    assert_equal(plain, params())  # the other parts begin as without it
+
+    def terms(weights, scene_obs):
+        observed = batch.replace(observation=batch.observation.replace(scene_obs=scene_obs))
+        _, total, metrics, _ = compile_forward(model)(weights, observed)
+        return jnp.stack([metrics["scene"], metrics["open_loop_scene"]]), (total, metrics)
+
+    scene_obs = np.random.default_rng(0).uniform(0, 0.1, batch.observation.scene_obs.shape).astype(np.float32)
+    (gradients, by_entry), (total, metrics) = jax.jacrev(terms, argnums=(0, 1), has_aux=True)(weights, scene_obs)
+    size = {
+        name: sum(jnp.abs(x).sum(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree))
+        for name, tree in gradients.items()
+    }
+    for name in ("scene_decoder", "encoder", "rssm"):
+        assert (size.pop(name) > 0).all(), name
+    assert not any(x.any() for x in size.values()), size
+    expected = sum(
+        weight * metrics[name]
+        for name, weight in {
+            "reconstruction": 1.0, "kl": model.settings.kl_weight, "inverse_dynamics": model.settings.action_weight,
+            "proprioception": model.settings.proprioception_weight, "scene": 3.0, "open_loop": 1.0,
+        }.items()
+    )  # fmt: skip
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    open_loop = {"kl": model.settings.kl_weight, "proprioception": model.settings.proprioception_weight, "scene": 3.0}
+    expected = sum(weight * metrics[f"open_loop_{name}"] for name, weight in open_loop.items())
+    np.testing.assert_allclose(metrics["open_loop"], expected, rtol=1e-6)
+    for of_term in np.abs(by_entry).sum((1, 2)):
+        np.testing.assert_array_equal(of_term > 0, np.arange(specs.SCENE_OBS_DIM) < specs.NUM_MECHANISMS)
 
 
 def test_terms_without_weight_are_absent():

@@ -4,7 +4,13 @@ The network predicts noise; the chunk x_0 has C actions, step K-1 is the noisies
 sets of parameters, since PPO fine-tunes only the last F steps: BC's policy is the pair of twice the same. One sampler
 serves collection (`explore=True`) and evaluation.
 
+A Gaussian policy (`kind` "gaussian", DPPO's baseline) is the case of one step, K = F = 1, whose network predicts x_0
+itself from the state: the cosine schedule of one step has mean x_0 and no variance of its own, so what is left is
+`exploration_std` while PPO collects, and no noise in evaluation. Its chain is (zeros, the chunk). Cloning minimises the
+squared error of the mean, which is DPPO's likelihood of a fixed deviation up to a factor and a constant.
+
 Keys of `settings` (the papers' values):
+    kind "diffusion", or "gaussian" with denoising_steps and finetuned_steps 1
     hidden_dim 512, num_blocks 1, time_dim 16, chunk 4, compute_dtype "float32"
     denoising_steps 20 (K), finetuned_steps 10 (F), exploration_std 0.1, evaluation_std 1e-3, noise_clip 3.0
     learning_rate 1e-4, final_learning_rate 1e-5, warmup_steps, decay_steps, weight_decay 1e-6, ema_decay 0.995
@@ -31,7 +37,7 @@ from jax import lax
 
 from wam_jax import specs
 from wam_jax.networks import categorical, rssm
-from wam_jax.networks.denoiser import Denoiser
+from wam_jax.networks.denoiser import ChunkMean, Denoiser
 from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.types import Array, LatentState, Metrics, Params
@@ -39,7 +45,7 @@ from wam_jax.types import Array, LatentState, Metrics, Params
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
 MIN_FEATURE_STD = 0.02  # added, so that entries that hardly move in the demonstrations are not blown up
-_CONSTANTS = "standardized"  # the denoiser's parameters that are constants of the demonstrations
+_CONSTANTS = "standardized"  # the network's parameters that are constants of the demonstrations
 LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
 
 
@@ -55,7 +61,7 @@ class Schedule:
 
 @flax.struct.dataclass
 class PolicyParams:
-    """A policy's two noise predictors; they are the same before fine-tuning."""
+    """The parameters of a policy's two networks; they are the same before fine-tuning."""
 
     base: Params  # predicts steps t >= F
     finetuned: Params  # predicts steps t < F
@@ -113,17 +119,18 @@ def step_std(settings: Any, *, explore: bool) -> Array:
     return jnp.maximum(std, settings.evaluation_std).at[0].set(0.0)
 
 
-def denoiser(settings: Any, state_dim: int = 2048) -> Denoiser:
-    """The noise predictor; `state_dim` matters to its initialisation only."""
-    return Denoiser(
-        hidden_dim=settings.hidden_dim,
-        num_blocks=settings.num_blocks,
-        time_dim=settings.time_dim,
-        chunk=settings.chunk,
-        state_dim=state_dim,
-        standardize=settings.standardize,
-        dtype=jnp.dtype(settings.compute_dtype),
-    )
+def network(settings: Any, state_dim: int = 2048) -> Denoiser | ChunkMean:
+    """The predictor of the noise, or of the chunk; `state_dim` matters to the former's initialisation only."""
+    sizes = {
+        "hidden_dim": settings.hidden_dim,
+        "num_blocks": settings.num_blocks,
+        "chunk": settings.chunk,
+        "standardize": settings.standardize,
+        "dtype": jnp.dtype(settings.compute_dtype),
+    }
+    if settings.kind == "gaussian":
+        return ChunkMean(**sizes)
+    return Denoiser(time_dim=settings.time_dim, state_dim=state_dim, **sizes)
 
 
 def optimizer(settings: Any) -> optax.GradientTransformation:
@@ -147,7 +154,7 @@ def init(rng: Array, state_dim: int, settings: Any) -> PolicyState:
     """Fresh training state for states of `state_dim` entries."""
     noisy_chunk = jnp.zeros((1, settings.chunk, specs.ACTION_DIM))
     step, state = jnp.zeros(1, jnp.int32), jnp.zeros((1, state_dim))
-    params = denoiser(settings, state_dim).init(rng, noisy_chunk, step, state, method="denoise")
+    params = network(settings, state_dim).init(rng, noisy_chunk, step, state, method="denoise")
     return PolicyState(
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
@@ -178,10 +185,10 @@ def set_statistics(state: PolicyState, demonstrated: LatentState, *, settings: A
 
 
 def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tuple[Array, Metrics]:
-    """Mean squared error of the predicted noise at uniformly drawn steps (Ho et al. 2020, eq. 14).
+    """Mean squared error of the predicted noise at uniformly drawn steps (Ho et al. 2020, eq. 14), or of the chunk.
 
     Args:
-      params: of the noise predictor.
+      params: of the network.
       batch: B latents and chunks.
       rng: one key.
       settings: see the module.
@@ -198,8 +205,8 @@ def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tu
     alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
     noisy_chunk = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1 - alpha_bar) * noise
     state = features(latent, settings=settings)
-    predicted = denoiser(settings).apply(params, noisy_chunk, step, state, method="denoise")
-    error = jnp.mean(jnp.square(predicted - noise))
+    predicted = network(settings).apply(params, noisy_chunk, step, state, method="denoise")
+    error = jnp.mean(jnp.square(predicted - (batch.action if settings.kind == "gaussian" else noise)))
     return error, {"bc_loss": error}
 
 
@@ -231,8 +238,8 @@ def update_from_bank(
 
 
 def condition(params: Params, feature: Array, *, settings: Any) -> Array:
-    """What the noise predictor needs of the state, once a decision: [..., state_dim] -> [..., hidden]."""
-    return denoiser(settings).apply(params, feature, method="condition")
+    """What the network needs of the state, once a decision: [..., state_dim] -> [..., hidden]."""
+    return network(settings).apply(params, feature, method="condition")
 
 
 def transition(
@@ -241,7 +248,7 @@ def transition(
     """The Gaussian that a denoising step draws x_{t-1} from (Ho et al. 2020, eq. 7, with x_0 clipped to [-1, 1]).
 
     Args:
-      params: of the noise predictor.
+      params: of the network.
       conditioned: [..., hidden], from `condition`.
       noisy_chunk: [..., C, A], x_t.
       step: int [...], t; leading axes broadcast.
@@ -256,9 +263,12 @@ def transition(
     def at_step(values):
         return values[step][..., None, None]
 
-    noise = denoiser(settings).apply(params, noisy_chunk, step, conditioned)
-    clean = at_step(lax.rsqrt(schedule.alpha_bar)) * noisy_chunk
-    clean = clean - at_step(jnp.sqrt(1 / schedule.alpha_bar - 1)) * noise
+    predicted = network(settings).apply(params, noisy_chunk, step, conditioned)
+    if settings.kind == "gaussian":
+        clean = predicted
+    else:
+        clean = at_step(lax.rsqrt(schedule.alpha_bar)) * noisy_chunk
+        clean = clean - at_step(jnp.sqrt(1 / schedule.alpha_bar - 1)) * predicted
     mean = at_step(schedule.clean_weight) * jnp.clip(clean, -1, 1) + at_step(schedule.noisy_weight) * noisy_chunk
     return distrax.Normal(mean, at_step(step_std(settings, explore=explore)))
 
@@ -285,6 +295,7 @@ def sample(params: PolicyParams, feature: Array, rng: Array, *, explore: bool, s
     shape = (settings.denoising_steps + 1, feature.shape[0], settings.chunk, specs.ACTION_DIM)
     noise = jax.random.normal(rng, shape)
     first, noise = noise[0], jnp.clip(noise[1:], -settings.noise_clip, settings.noise_clip)
+    first = jnp.zeros_like(first) if settings.kind == "gaussian" else first
     steps = jnp.arange(settings.denoising_steps - 1, -1, -1)
     num_base = settings.denoising_steps - settings.finetuned_steps
 
@@ -303,7 +314,7 @@ def redraw(params: Params, conditioned: Array, start: Array, rng: Array, *, sett
     """Draws the last F steps of chains anew, by one network, as `sample` with `explore=True` does.
 
     Args:
-      params: of the noise predictor.
+      params: of the network.
       conditioned: [B, hidden], from `condition` with the same parameters.
       start: float32 [B, C, A], the input of step F-1.
       rng: one key.
@@ -343,7 +354,7 @@ def log_prob(params: Params, conditioned: Array, chain: Array, *, settings: Any)
     truncates its noise is ignored, as in DPPO.
 
     Args:
-      params: of the fine-tuned noise predictor.
+      params: of the fine-tuned network.
       conditioned: [B, hidden], from `condition` with the same parameters.
       chain: [..., B, F+1, C, A], from `sample` with `explore=True`; several chains may share their states.
       settings: see the module.

@@ -26,8 +26,9 @@ from wam_jax.types import Array, LatentState, Params
 
 # (world_model_params, latent [B, ...], action [B, 7], rng) -> latent: one step of the prior, z sampled or expected.
 ImagineStep = Callable[[Params, LatentState, Array, Array], LatentState]
-# (reward_params, feature [C, B, state_dim], count int32 [B]) -> (success bool [C, B], count): see success_classifier.
-RewardRule = Callable[[Params, Array, Array], tuple[Array, Array]]
+# (reward_params, feature [C, B, state_dim], first feature of each episode [B, state_dim], count int32 [B]) -> (success
+# bool [C, B], count): see reward_rules.
+RewardRule = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
 
 
 @flax.struct.dataclass
@@ -58,6 +59,7 @@ class ImaginedState:
     """B imagined episodes."""
 
     latent: LatentState  # [B, ...]
+    first_feature: Array  # [B, state_dim], of the start, for the reward rule
     success_count: Array  # int32 [B], positive frames in a row, for the reward rule
     done: Array  # bool [B], terminated in an earlier decision
     decision: Array  # int32 [], decisions taken
@@ -76,13 +78,13 @@ class Rollout:
     valid: Array  # bool [H, B]
 
 
-def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
+def reset(start: LatentState, rng: Array, *, policy_settings: Any, settings: Any) -> ImaginedState:
     """Draws the first latent of each episode uniformly from a bank; none twice where the bank holds enough.
 
     Args:
       start: [M, ...], the bank.
       rng: one key.
-      settings: see the module.
+      policy_settings, settings: see diffusion_policy and the module.
     """
     row_rng, latent_rng = jax.random.split(rng)
     size = start.deterministic.shape[0]
@@ -93,6 +95,7 @@ def reset(start: LatentState, rng: Array, *, settings: Any) -> ImaginedState:
         latent = latent.replace(stochastic=stochastic)
     return ImaginedState(
         latent=latent,
+        first_feature=diffusion_policy.features(latent, settings=policy_settings),
         success_count=jnp.zeros(settings.num_rollouts, jnp.int32),
         done=jnp.zeros(settings.num_rollouts, bool),
         decision=jnp.zeros((), jnp.int32),
@@ -134,11 +137,15 @@ def step_chunk(
 
     actions = jnp.moveaxis(diffusion_policy.executed(chunk), 1, 0)
     latent, feature = lax.scan(body, state.latent, (actions, jax.random.split(rng, actions.shape[0])))
-    solved, count = reward_rule(inputs.reward_params, feature, state.success_count)  # of a whole chunk at once
+    solved, count = reward_rule(  # of a whole chunk at once
+        inputs.reward_params, feature, state.first_feature, state.success_count
+    )
     success = jnp.any(solved, axis=0)
     terminated = success & ~state.done
     truncated = (state.decision == settings.horizon - 1) & ~success & ~state.done
-    next_state = ImaginedState(latent, count, state.done | success, state.decision + 1)
+    next_state = state.replace(
+        latent=latent, success_count=count, done=state.done | success, decision=state.decision + 1
+    )
     return next_state, terminated.astype(jnp.float32), terminated, truncated
 
 
@@ -177,7 +184,7 @@ def rollout(
         return next_state, (feature, chain, reward, terminated, truncated, ~state.done)
 
     reset_rng, decision_rng = jax.random.split(rng)
-    state = reset(inputs.start, reset_rng, settings=settings)
+    state = reset(inputs.start, reset_rng, policy_settings=policy_settings, settings=settings)
     last_state, decisions = lax.scan(decide, state, jax.random.split(decision_rng, settings.horizon))
     feature, chain, reward, terminated, truncated, valid = decisions
     last_feature = diffusion_policy.features(last_state.latent, settings=policy_settings)

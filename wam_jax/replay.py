@@ -1,4 +1,4 @@
-"""Real episodes of a policy seen again: by the success classifier, and by imagination under the same actions."""
+"""Real episodes of a policy seen again: by the reward rule, and by imagination under the same actions."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from wam_jax import evaluation, intervals, probes, specs, success_classifier
+from wam_jax import evaluation, intervals, probes, reward_rules, specs
 from wam_jax.environments.interface import Environment
 from wam_jax.probes import Probe, Quantity
+from wam_jax.reward_rules import Verdict
 from wam_jax.types import Array, Params, StepBatch
 
 PARTING = 3.0  # cm between the hand as decoded from imagination and from the filter, which see with the same probe
@@ -53,10 +54,11 @@ def record(
         )
 
 
-def fires(params: Params, features: Array, *, settings: Any) -> np.ndarray:
-    """The reward rule over whole episodes: features [B, T, state_dim] after each action -> bool [B, T]."""
+def fires(params: Params, features: Array, *, verdict: Verdict, consecutive: int) -> np.ndarray:
+    """The reward rule over whole episodes: features [B, T + 1, state_dim], from the first frame on, to bool [B, T]."""
+    frames = jnp.swapaxes(features, 0, 1)
     count = jnp.zeros(len(features), jnp.int32)
-    fired, _ = success_classifier.reward_rule(params, jnp.swapaxes(features, 0, 1), count, settings=settings)
+    fired, _ = reward_rules.in_a_row(params, frames[1:], frames[0], count, verdict=verdict, consecutive=consecutive)
     return np.asarray(fired).T
 
 
@@ -65,23 +67,25 @@ def first_true(flags: np.ndarray) -> np.ndarray:
     return np.where(flags.any(axis=1), flags.argmax(axis=1) + 1, _NEVER)
 
 
-def classifier_quality(params: Params, features: Array, solved: np.ndarray, *, settings: Any) -> dict[str, Any]:
-    """How the classifier judges real frames, one by one and as the reward rule uses it.
+def classifier_quality(
+    params: Params, features: Array, solved: np.ndarray, *, verdict: Verdict, consecutive: int
+) -> dict[str, Any]:
+    """How the classifier, or the oracle on decoded states, judges real frames: one by one and as the reward rule.
 
     Args:
-      params: of the classifier.
-      features: [B, T, state_dim], filtered, after each of T actions.
-      solved: bool [B, T], the oracle's verdict on the same frames.
-      settings: of the classifier.
+      params: that the verdict reads.
+      features: [B, T + 1, state_dim], filtered, from the first frame on.
+      solved: bool [B, T], the oracle's verdict after each of T actions.
+      verdict, consecutive: of the reward rule, see reward_rules.
 
     Returns:
       `frames`: precision, recall and share of successes, of all frames; `rule`: what the episodes come to. A false
       alarm is a stretch of frames that the rule calls solved and that begins on one which is not. `delay` is the
       median of the steps from an episode's first success to the rule's first fire from there on.
     """
-    positive = np.asarray(success_classifier.success_probability(params, jnp.asarray(features), settings=settings))
-    positive = positive > settings.threshold
-    fired = fires(params, jnp.asarray(features), settings=settings)
+    frames = jnp.swapaxes(features, 0, 1)
+    positive = np.asarray(verdict(params, frames[1:], frames[0])).T
+    fired = fires(params, features, verdict=verdict, consecutive=consecutive)
     real, rule = first_true(solved), first_true(fired)
     begins = fired & ~np.concatenate([np.zeros_like(fired[:, :1]), fired[:, :-1]], axis=1)
     alarms = (begins & ~solved).sum(axis=1)

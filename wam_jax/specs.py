@@ -23,7 +23,7 @@ NEUTRAL_ACTION = np.array([0, 0, 0, 0, 0, 0, GRIPPER_OPEN], np.float32)  # the "
 
 # Indices into scene_obs.
 SLIDER, DRAWER, BUTTON, SWITCH, LIGHTBULB, LED = range(6)
-BLOCKS = 6  # three blocks of (xyz, Euler xyz) follow
+BLOCKS = NUM_MECHANISMS = 6  # three blocks of (xyz, Euler xyz) follow
 
 TASKS = (
     "open_drawer",
@@ -60,6 +60,7 @@ _POSITION_HIGH = np.array([0.5, 0.2, 0.8], np.float32)
 _MAX_OPENING = 0.08
 _JOINT_LOW = np.array([-2.9, -1.77, -2.9, -3.08, -2.9, -0.02, -2.9], np.float32)
 _JOINT_HIGH = np.array([2.9, 1.77, 2.9, -0.06, 2.9, 3.76, 2.9], np.float32)
+_MECHANISM_HIGH = np.array([0.28, 0.22, 0.02, 0.088, 1, 1], np.float32)  # end stops (m), and lights that are on; from 0
 
 
 def task_index(task: str) -> int:
@@ -83,8 +84,8 @@ def task_success(task: Array, scene_obs_start: Array, scene_obs: Array) -> Array
 
     Args:
       task: int [...], index into TASKS.
-      scene_obs_start: [..., 24], scene state when the task began.
-      scene_obs: [..., 24], scene state now.
+      scene_obs_start: [..., 24], scene state when the task began; its first six entries will do.
+      scene_obs: likewise, scene state now.
 
     Returns:
       bool [...].
@@ -143,3 +144,13 @@ def proprioception(robot_obs: Array) -> Array:
         ],
         axis=-1,
     )
+
+
+def scaled_mechanisms(scene_obs: Array) -> Array:
+    """What the hybrid world model decodes of `scene_obs` [..., 24]: its mechanisms, float32 [..., 6] in [-1, 1]."""
+    return 2 * jnp.asarray(scene_obs, jnp.float32)[..., :NUM_MECHANISMS] / _MECHANISM_HIGH - 1
+
+
+def unscaled_mechanisms(scaled: Array) -> Array:
+    """The inverse: [..., 6] to the first six entries of `scene_obs`, metres, and 0 to 1 for lights."""
+    return (scaled + 1) / 2 * _MECHANISM_HIGH

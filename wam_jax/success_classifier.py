@@ -1,4 +1,4 @@
-"""Success classifier on latents: the reward of imagination (DiWA, Celik et al. 2025).
+"""Success classifier on latents, from which imagination's reward follows (DiWA, Celik et al. 2025).
 
 An embedding MLP is trained with NT-Xent on labels (supervised contrastive learning, Khosla et al. 2020) and a
 classification MLP on the embedding with cross-entropy; the two losses are summed.
@@ -6,8 +6,7 @@ classification MLP on the embedding with cross-entropy; the two losses are summe
 Keys of `settings` (the paper's values where it gives them):
     embedding_dims (512, 512), classification_dims (512, 512), temperature 0.1
     learning_rate 3e-4, weight_decay 1e-4, resample_latent True, batch_size 256 (per device; only `update_from_bank`)
-    threshold 0.5, consecutive 1: a rollout succeeds once this many frames in a row exceed the threshold. The paper
-        rewards a single frame; more of them remove fires that flicker.
+    threshold 0.5, of a success (`reward_rules` counts them)
 """
 
 from typing import Any
@@ -17,7 +16,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from wam_jax.networks import categorical, rssm
 from wam_jax.optimizers import adamw
@@ -182,28 +180,6 @@ def check_labels(label: Array, *, task: str) -> None:
 def success_probability(params: Params, feature: Array, *, settings: Any) -> Array:
     """Probability that the task is solved: features [..., state_dim] -> float32 [...]."""
     return nn.sigmoid(network(settings).apply(params, feature)[1])
-
-
-def reward_rule(params: Params, feature: Array, count: Array, *, settings: Any) -> tuple[Array, Array]:
-    """Decides, frame by frame, whether a rollout has succeeded.
-
-    Args:
-      params: of the classifier.
-      feature: [C, B, state_dim], the frames after C consecutive actions.
-      count: int32 [B], positive frames in a row until now; 0 at the start.
-      settings: see the module.
-
-    Returns:
-      bool [C, B], whether `settings.consecutive` frames in a row have been positive; and the count after the last.
-    """
-
-    def add(count, positive):
-        count = jnp.where(positive, count + 1, 0)
-        return count, count >= settings.consecutive
-
-    positive = success_probability(params, feature, settings=settings) > settings.threshold
-    count, success = lax.scan(add, count, positive)
-    return success, count
 
 
 def evaluate(params: Params, batch: ClassifierBatch, *, settings: Any) -> Metrics:

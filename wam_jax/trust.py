@@ -56,11 +56,16 @@ def judge(
     longest = max(len(latent.deterministic) for latent in imagined)
     found = []
     for first in range(0, len(imagined), _BATCH):
-        part = imagined[first : first + _BATCH]
-        part = [*part, *[part[-1]] * (_BATCH - len(part))]  # a full batch, so that one program serves all
-        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(latent, longest) for latent in part])
-        fired = np.asarray(rule(reward_params, batch))  # [T, B]
-        found += [bool(fired[: len(latent.deterministic), row].any()) for row, latent in enumerate(part)]
+        rows = list(range(first, min(first + _BATCH, len(imagined))))
+        rows += rows[-1:] * (_BATCH - len(rows))  # a full batch, so that one program serves all
+        start, later = (
+            jax.tree.map(lambda *x: np.stack(x), *part)
+            for part in zip(
+                *[(latents.latent_at(encoded[i], 0), _pad(imagined[i], longest)) for i in rows], strict=True
+            )
+        )
+        fired = np.asarray(rule(reward_params, start, later))  # [T, B]
+        found += [bool(fired[: len(imagined[i].deterministic), row].any()) for row, i in enumerate(rows)]
     return Verdicts(np.array(recorded, bool), np.array(found[: len(imagined)], bool))
 
 
@@ -115,10 +120,12 @@ def agreement(verdicts: Verdicts) -> dict[str, float | int | None]:
     }
 
 
-def _fires(reward_rule: RewardRule, policy_settings: object, reward_params: Params, latent: LatentState) -> Array:
-    feature = diffusion_policy.features(latent, settings=policy_settings)  # [B, T, state_dim]
-    count = jnp.zeros(feature.shape[0], jnp.int32)
-    return reward_rule(reward_params, jnp.swapaxes(feature, 0, 1), count)[0]
+def _fires(
+    reward_rule: RewardRule, policy_settings: object, reward_params: Params, start: LatentState, later: LatentState
+) -> Array:
+    first, feature = (diffusion_policy.features(x, settings=policy_settings) for x in (start, later))
+    count = jnp.zeros(len(first), jnp.int32)
+    return reward_rule(reward_params, jnp.swapaxes(feature, 0, 1), first, count)[0]
 
 
 def _in_a_row(flags: np.ndarray, consecutive: int) -> bool:

@@ -41,6 +41,7 @@ class WorldModel:
     decoder: Decoder
     inverse_dynamics: MLP
     proprioception_decoder: MLP
+    scene_decoder: MLP
     settings: Any  # FrozenConfigDict, config.world_model
 
 
@@ -65,13 +66,16 @@ def build(settings: Any) -> WorldModel:
         raise ValueError(f"world_model.compute_dtype={settings.compute_dtype!r}; expected 'float32' or 'bfloat16'")
     dtype = jnp.dtype(settings.compute_dtype)
     return WorldModel(
-        encoder=Encoder(settings.kind, settings.encoder_width, settings.fused_dim, dtype),
+        encoder=Encoder(
+            settings.kind, settings.encoder_width, settings.fused_dim, settings.proprioception_input, dtype
+        ),
         rssm=RSSM(
             settings.deterministic_dim, settings.num_latents, settings.num_classes, settings.rssm_hidden_dim, dtype
         ),
         decoder=Decoder(settings.kind, settings.decoder_width, settings.decoder_dim, dtype),
         inverse_dynamics=inverse_dynamics.build(tuple(settings.inverse_dynamics_dims), dtype),
         proprioception_decoder=MLP(tuple(settings.proprioception_dims), specs.PROPRIOCEPTION_DIM, dtype),
+        scene_decoder=MLP(tuple(settings.scene_dims), specs.NUM_MECHANISMS, dtype),
         settings=settings,
     )
 
@@ -81,12 +85,17 @@ def feature_dim(settings: Any) -> int:
     return settings.deterministic_dim + settings.num_latents * settings.num_classes
 
 
+def embedding_dim(settings: Any) -> int:
+    """Size of an embedding, E."""
+    return settings.fused_dim + settings.proprioception_input * specs.PROPRIOCEPTION_DIM
+
+
 def init(model: WorldModel, rng: Array) -> Params:
     """Initial parameters, float32. Heads of weight 0 have none."""
     settings = model.settings
     rngs = jax.random.split(rng, 5)
     image = jnp.zeros((1, specs.IMAGE_SIZE, specs.IMAGE_SIZE, 3), jnp.uint8)
-    embedding = jnp.zeros((1, settings.fused_dim + specs.PROPRIOCEPTION_DIM))
+    embedding = jnp.zeros((1, embedding_dim(settings)))
     latent_feature = jnp.zeros((1, feature_dim(settings)))
     params = {
         "encoder": model.encoder.init(rngs[0], image, image, jnp.zeros((1, specs.PROPRIOCEPTION_DIM))),
@@ -99,6 +108,8 @@ def init(model: WorldModel, rng: Array) -> Params:
         params["inverse_dynamics"] = model.inverse_dynamics.init(rngs[3], pair)
     if settings.proprioception_weight:
         params["proprioception_decoder"] = model.proprioception_decoder.init(rngs[4], latent_feature)
+    if settings.scene_weight:
+        params["scene_decoder"] = model.scene_decoder.init(jax.random.fold_in(rng, 5), latent_feature)
     return {name: variables["params"] for name, variables in params.items()}
 
 
@@ -272,9 +283,8 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
             shuffled=settings.action_target == "shuffled",
         )
         weights["inverse_dynamics"] = settings.action_weight
-    if settings.proprioception_weight:
-        terms["proprioception"] = _proprioception(model, params, features, batch.observation.robot_obs)
-        weights["proprioception"] = settings.proprioception_weight
+    for name, error in _state_errors(model, params, features, batch.observation).items():
+        terms[name], weights[name] = error, settings[f"{name}_weight"]
     if settings.open_loop_weight:
         terms["open_loop"], open_loop_metrics = _open_loop(model, params, posterior, batch, open_loop_rng)
         weights["open_loop"] = settings.open_loop_weight
@@ -309,9 +319,16 @@ def _frame_weights(length: int, first: float) -> np.ndarray:
     return np.where(np.arange(length) == 0, np.float32(first), np.float32(1))
 
 
-def _proprioception(model, params, features: Array, robot_obs: Array) -> Array:
-    predicted = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
-    return 0.5 * jnp.square(predicted - specs.proprioception(robot_obs)).sum(-1).mean()
+def _state_errors(model, params, features: Array, observation: Observation) -> Metrics:
+    """Half the squared error of the robot's and of the scene's decoded state, of those that have a weight."""
+    errors = {}
+    if model.settings.proprioception_weight:
+        predicted = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
+        errors["proprioception"] = predicted - specs.proprioception(observation.robot_obs)
+    if model.settings.scene_weight:
+        predicted = model.scene_decoder.apply({"params": params["scene_decoder"]}, features)
+        errors["scene"] = predicted - specs.scaled_mechanisms(observation.scene_obs)
+    return {name: 0.5 * jnp.square(error).sum(-1).mean() for name, error in errors.items()}
 
 
 def _open_loop(model, params, posterior: LatentState, batch: StepBatch, rng: Array) -> tuple[Array, Metrics]:
@@ -319,7 +336,7 @@ def _open_loop(model, params, posterior: LatentState, batch: StepBatch, rng: Arr
 
     Each window is cut into segments of `open_loop_steps`; from the posterior at each segment's start the model imagines
     the rest of the segment with the true actions. KL(sg(posterior) || imagined prior), averaged over the steps, plus
-    the proprioception error of the imagined features where that decoder is used.
+    the error of the states that are decoded from the imagined features, of the decoders that are used.
     """
     steps = model.settings.open_loop_steps
     num_segments = batch.action.shape[1] // steps
@@ -334,12 +351,11 @@ def _open_loop(model, params, posterior: LatentState, batch: StepBatch, rng: Arr
     imagined = imagine(model, params, start, segments(batch.action)[:, :-1], rng)
     kl = categorical_kl(lax.stop_gradient(posterior.logits[:, 1:]), imagined.logits).mean()
     total = model.settings.kl_weight * kl
-    if not model.settings.proprioception_weight:
-        return total, {"open_loop_kl": kl}
-    robot_obs = segments(batch.observation.robot_obs)[:, 1:]
-    error = _proprioception(model, params, feature(imagined), robot_obs)
-    total = total + model.settings.proprioception_weight * error
-    return total, {"open_loop_kl": kl, "open_loop_proprioception": error}
+    observation = jax.tree.map(lambda x: segments(x)[:, 1:], batch.observation)
+    errors = _state_errors(model, params, feature(imagined), observation)
+    for name, error in errors.items():
+        total = total + model.settings[f"{name}_weight"] * error
+    return total, {"open_loop_kl": kl} | {f"open_loop_{name}": error for name, error in errors.items()}
 
 
 def make_optimizer(settings: Any) -> optax.GradientTransformation:

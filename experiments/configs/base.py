@@ -48,6 +48,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "kind": "conv",  # LUMOS' convolutions; "patch" is far cheaper on a CPU
             "encoder_width": 48,  # LUMOS
             "fused_dim": 1536,  # LUMOS
+            "proprioception_input": True,  # WAM, LUMOS; False: the embedding sees the cameras alone
             "deterministic_dim": 1024,  # WAM
             "num_latents": 32,  # WAM
             "num_classes": 32,  # WAM
@@ -56,6 +57,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "decoder_dim": 1536,  # LUMOS
             "inverse_dynamics_dims": (512, 512),  # three layers in WAM, widths not given
             "proprioception_dims": (256,),  # ours; unused at weight 0
+            "scene_dims": (256,),  # ours; unused at weight 0
             "compute_dtype": "float32",  # "bfloat16" on accelerators
             "kl_weight": 3.0,  # WAM (LUMOS: 0.3); nats, summed over latents
             "kl_balance": 0.8,  # WAM
@@ -65,6 +67,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "action_target": "taken",  # WAM; "shuffled": over batch and time, nothing to learn, as a control
             "action_steps": 1,  # WAM; K: from frames 1 to K steps apart, told which (AC-State, arXiv 2207.08229)
             "proprioception_weight": 0.0,  # ours, not in the paper
+            "scene_weight": 0.0,  # above 0 DiWA's hybrid: the mechanisms' state as another decoder's target; value ours
             "open_loop_weight": 0.0,  # ours, not in the paper
             "open_loop_steps": 10,
             "soft_prior": False,  # True: imagination feeds back expected z in place of samples
@@ -82,6 +85,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     )
     config.policy = ConfigDict(
         {
+            "kind": "diffusion",  # or DiWA's ablation "gaussian", in one step: the two numbers of steps are not read
             "hidden_dim": 512,  # DiWA
             "num_blocks": 1,  # DPPO: "[512, 512, 512]" is one residual block
             "time_dim": 16,  # DPPO
@@ -89,7 +93,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "chunk": 4,  # WAM: predict 4, execute 4
             "denoising_steps": 20,  # WAM, K
             "finetuned_steps": 10,  # WAM, F: the last ones, which PPO trains
-            "exploration_std": 0.1,  # DPPO, least noise of a step while PPO collects
+            "exploration_std": 0.1,  # DPPO, least noise of a step while PPO collects; all the noise of a Gaussian
             "evaluation_std": 1e-3,  # DPPO
             "noise_clip": 3.0,  # DPPO
             "batch_size": 256,  # WAM
@@ -108,6 +112,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     )
     config.reward = ConfigDict(
         {
+            "kind": "classifier",  # or "scene" (DiWA's hybrid): the oracle on decoded scene states; nothing to train
             "embedding_dims": (512, 512),  # DiWA
             "classification_dims": (512, 512),  # DiWA
             "temperature": 0.1,  # of NT-Xent; ours, DiWA gives none

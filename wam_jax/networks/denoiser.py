@@ -1,4 +1,4 @@
-"""Noise predictor of the diffusion policy, and the critic: residual MLPs of DPPO (Ren et al. 2024).
+"""Networks of the diffusion policy, the Gaussian policy and the critic: residual MLPs of DPPO (Ren et al. 2024).
 
 DPPO feeds the predictor concat[chunk, time embedding, state]. The state rows hold two thirds of its multiplications
 and depend on neither the chunk nor the step, so here they are a layer of their own: `condition` is computed once a
@@ -158,6 +158,40 @@ class Denoiser(nn.Module):
 
     def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
         """Both parts at once, where a state is used for one step only; shapes as above, state [..., state]."""
+        return self(noisy_chunk, step, self.condition(state))
+
+
+class ChunkMean(nn.Module):
+    """Predicts a chunk of actions from the state alone: the mean of a Gaussian policy, squashed by tanh as in DPPO."""
+
+    hidden_dim: int = 512
+    num_blocks: int = 1
+    chunk: int = 4
+    standardize: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.standardized = Standardize() if self.standardize else lambda state: state
+        self.state_in = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=_uniform())
+        self.blocks = [ResidualBlock(self.dtype) for _ in range(self.num_blocks)]
+        self.output = nn.Dense(self.chunk * specs.ACTION_DIM, dtype=self.dtype, kernel_init=_uniform())
+
+    def condition(self, state: Array) -> Array:
+        """The first layer: [..., state] -> [..., hidden]."""
+        return self.state_in(self.standardized(state))
+
+    def __call__(self, noisy_chunk: Array, step: Array, condition: Array) -> Array:
+        """Arguments as of `Denoiser`, of which only `condition` matters; float32 [..., C, A] in [-1, 1]."""
+        del step
+        hidden = condition.reshape(-1, self.hidden_dim)  # two axes, as there
+        for block in self.blocks:
+            hidden = block(hidden)
+        mean = jnp.tanh(self.output(hidden).astype(jnp.float32))
+        mean = mean.reshape(*condition.shape[:-1], self.chunk, specs.ACTION_DIM)
+        return jnp.broadcast_to(mean, noisy_chunk.shape)
+
+    def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
+        """Both parts at once, as of `Denoiser`."""
         return self(noisy_chunk, step, self.condition(state))
 
 

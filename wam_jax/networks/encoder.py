@@ -64,11 +64,12 @@ class PatchCamera(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Two cameras with separate weights, fused, and proprioception appended raw."""
+    """Two cameras with separate weights, fused, and proprioception appended raw, unless it sees none."""
 
     kind: str  # "conv" or "patch"
     width: int  # channels of the first convolution, or features of a patch
     fused_dim: int
+    proprioception_input: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -78,14 +79,16 @@ class Encoder(nn.Module):
         Args:
           rgb_static: uint8 [B, 64, 64, 3].
           rgb_gripper: uint8 [B, 64, 64, 3].
-          proprioception: float32 [B, 18], from specs.proprioception.
+          proprioception: float32 [B, 18], from specs.proprioception; not looked at without `proprioception_input`.
 
         Returns:
-          [B, fused_dim + 18], e_t.
+          e_t, [B, fused_dim + 18]; without `proprioception_input` [B, fused_dim].
         """
         camera = ConvCamera if self.kind == "conv" else PatchCamera
         static = camera(self.width, self.dtype, name="static")(normalize_image(rgb_static))
         gripper = camera(self.width, self.dtype, name="gripper")(normalize_image(rgb_gripper))
         fused = dense(self.fused_dim, self.dtype, name="fuse")(jnp.concatenate([static, gripper], axis=-1))
         fused = NormElu(self.dtype, name="fuse_norm")(fused)
+        if not self.proprioception_input:
+            return fused
         return jnp.concatenate([fused, proprioception.astype(self.dtype)], axis=-1)

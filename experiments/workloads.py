@@ -23,10 +23,9 @@ from wam_jax.types import StepBatch
 
 WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model update
 NUM_LATENTS, IMAGINED_STEPS = 50, 18 * 4  # of one PPO iteration
-NUM_TASKS = 8
 NUM_TABLES, NUM_TABLE_STEPS = 64, 50
 NUM_FED_UPDATES = 2  # for which a batch of the input pipeline is
-NUM_FRAMES = 29  # that a policy sees at once: the episodes of a task
+NUM_TASKS, NUM_FRAMES = 8, 29  # of a policy's evaluation; it sees that many frames at once
 _BATCHES = (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts"), ("ppo", "batch_size"))
 
 
@@ -84,10 +83,8 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
             found[label] = functools.partial(world_model_update, windows, "world_model_update")
         for build in (imagination, bc_update, ppo_iteration, ppo_iteration_without_bc, ppo_iteration_of_tasks, encoder):
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
-    small = _quickstart(config, devices)
-    found["world_model_update_quickstart"] = functools.partial(
-        world_model_update, small, "world_model_update_quickstart"
-    )
+    name, small = "world_model_update_quickstart", _quickstart(config, devices)
+    found[name] = functools.partial(world_model_update, small, name)
     fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)

@@ -36,17 +36,17 @@ class Difference:
 
 def test_an_action_belongs_to_the_frames_before_and_after_it():
     embedding, action = make_batch(jax.random.key(0))
-    error, metrics = inverse_dynamics.loss({}, (embedding, action), head=Difference())
+    error, metrics = inverse_dynamics.loss({}, (embedding, action), None, head=Difference())
     np.testing.assert_allclose(error, 0, atol=1e-5)
     np.testing.assert_allclose(metrics["inverse_dynamics_position_error"], 0, atol=1e-5)
     for shift in (-1, 1):
-        assert inverse_dynamics.loss({}, make_batch(jax.random.key(0), shift), head=Difference())[0] > 0.3
+        assert inverse_dynamics.loss({}, make_batch(jax.random.key(0), shift), None, head=Difference())[0] > 0.3
 
 
 def test_the_error_is_a_mean_over_batch_time_and_entries():
     embedding, action = make_batch(jax.random.key(0))
     offset = jnp.arange(specs.ACTION_DIM, dtype=jnp.float32)
-    error, metrics = inverse_dynamics.loss({}, (embedding, action + offset), head=Difference())
+    error, metrics = inverse_dynamics.loss({}, (embedding, action + offset), None, head=Difference())
     np.testing.assert_allclose(error, 3.0, rtol=1e-4)  # mean of 0 ... 6
     np.testing.assert_allclose(metrics["inverse_dynamics_position_error"], 1.0, rtol=1e-4)  # of 0, 1, 2
 
@@ -70,9 +70,9 @@ def test_several_steps_predict_the_first_action_between_two_frames_told_how_far_
     _, action = make_batch(jax.random.key(0))
     count = jnp.broadcast_to(jnp.arange(float(T))[:, None], (B, T, 1))
     frames = jnp.concatenate([action, jnp.zeros((B, T, E - specs.ACTION_DIM - 1)), count], axis=-1)
-    exact, _ = inverse_dynamics.loss({}, (frames, action), head=FirstEntries(far=0), max_steps=3)
+    exact, _ = inverse_dynamics.loss({}, (frames, action), None, head=FirstEntries(far=0), max_steps=3)
     assert exact == 0
-    error, metrics = inverse_dynamics.loss({}, (frames, action), head=FirstEntries(far=1), max_steps=3)
+    error, metrics = inverse_dynamics.loss({}, (frames, action), None, head=FirstEntries(far=1), max_steps=3)
     np.testing.assert_allclose(error, (0 * 5 + 1 * 4 + 2 * 3) / (5 + 4 + 3), rtol=1e-6)  # over all pairs of 6 frames
     assert metrics["inverse_dynamics_position_error"] == 0  # of frames in a row, for any number of steps
 

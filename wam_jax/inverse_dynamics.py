@@ -29,7 +29,7 @@ def input_dim(frame_dim: int, max_steps: int) -> int:
 def loss(
     params: dict,
     batch: tuple[Array, Array],
-    rng: Array | None = None,
+    rng: Array,
     *,
     head: MLP,
     max_steps: int = 1,

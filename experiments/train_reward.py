@@ -116,7 +116,7 @@ def imagine_attempts(
 
 
 def _quality(params: Params, bank, held_out, settings) -> dict:
-    """Frame-wise precision and recall, on the training rows and on held-out play."""
+    """Frame-wise precision and recall, on the training rows, imagined ones among them, and on real held-out play."""
     measured = {"train": success_classifier.evaluate(params, bank, settings=settings)}
     if held_out[0]:
         rows = latents.classifier_bank(*held_out)

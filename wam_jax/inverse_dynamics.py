@@ -59,7 +59,6 @@ def loss(
     )
     target = jnp.concatenate(targets, axis=1)
     if shuffled:
-        assert rng is not None
         target = jax.random.permutation(rng, target.reshape(-1, ACTION_DIM)).reshape(target.shape)
     error = jnp.abs(head.apply({"params": params}, jnp.concatenate(inputs, axis=1)) - target)
     consecutive = error[:, : action.shape[1] - 1]  # they come first

@@ -14,7 +14,7 @@ _LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2} | dict.fromkeys(
     ("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps"), 0
 )
 _MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number
-_SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount")
+_SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount", "min_trust")
 _POSITIVE = (
     *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
     *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip", "clip_rate"),

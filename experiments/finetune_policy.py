@@ -71,15 +71,20 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
         parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
     )
     rewards = {task: train_reward.load(config, workdir, task) for task in base_policies}  # what is missing is named now
+    starts = {task: start_bank(config, workdir, task, rewards[task]) for task in base_policies}
     inputs = {
-        task: imagination.ImaginationInputs(
-            start=start_bank(config, workdir, task, rewards[task]),
-            world_model_params=world_model_params,
-            reward_params=rewards[task],
-            base_policy_params=params,
-        )
-        for task, params in base_policies.items()
+        task: imagination.ImaginationInputs(bank, world_model_params, rewards[task], base_policies[task])
+        for task, bank in starts.items()
+        if bank is not None
     }
+    for task in starts.keys() - inputs.keys():
+        print(
+            f"{task}: imagination is not trusted, the cloned policy stays (ppo.min_trust; ppo/trust.json)", flush=True
+        )
+        state = initial_state(config, task, base_policies[task])
+        training.save_untrained(
+            state, stage=stage(task), **{key: arguments[key] for key in ("workdir", "settings", "num_steps")}
+        )
     for group in groups(list(inputs), inputs, workdir, settings.tasks_at_once):
         banks, stages = [inputs[task] for task in group], [stage(task) for task in group]
         states = [initial_state(config, task, base_policies[task]) for task in group]
@@ -135,11 +140,14 @@ def environment_updates(
     return run
 
 
-def start_bank(config, workdir: str, task: str, reward_params: Params) -> LatentState:
+def start_bank(config, workdir: str, task: str, reward_params: Params) -> LatentState | None:
     """The latents that imagination starts from, of demonstrations or of play's attempts at the task, or both.
 
+    With `ppo.min_trust` above 0 only those from which imagination, under the recorded actions, comes to the recorded
+    end; None where they are a smaller share than that. `ppo/trust.json` gets the figures.
+
     Raises:
-      ValueError: there is none.
+      ValueError: there is no recorded attempt.
     """
     settings = config.ppo
     encoded: list[LatentState] = []
@@ -154,7 +162,7 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
             f"attempt at {task}; take --config.ppo.starts=demonstrations"
         )
     first, last = settings.min_start_step, settings.max_start_step
-    if not settings.trusted_starts:
+    if not settings.min_trust:
         return latents.start_bank(encoded, first, last)
     model, params = train_world_model.load(config, workdir)
     bank, verdicts = trust.start_bank(
@@ -162,15 +170,11 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
         reward_rule=imagination_functions(config, model)["reward_rule"], reward_params=reward_params,
         consecutive=config.reward.consecutive, policy_settings=train_policy.policy_settings(config),
     )  # fmt: skip
-    if bank is None:
-        raise ValueError(
-            f"config.ppo.trusted_starts: imagination comes to the recorded end from none of the "
-            f"{len(verdicts.recorded)} starts of {task}; train the world model longer, or leave the task out"
-        )
-    path = os.path.join(workdir, "ppo", "agreement.json")
+    path = os.path.join(workdir, "ppo", "trust.json")
     found = json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
-    json_files.write(path, {**found, task: trust.agreement(verdicts)})
-    return bank
+    agreement = trust.agreement(verdicts)
+    json_files.write(path, {**found, task: agreement})
+    return bank if agreement["share"] >= settings.min_trust else None
 
 
 def _extend(encoded: list, episodes: list, more: tuple[list[LatentState], list[StepBatch]]) -> None:

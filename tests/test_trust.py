@@ -62,7 +62,7 @@ def test_recorded_and_imagined_ends():
     verdicts = judge(trust.judge)
     assert verdicts.recorded.tolist() == [True, True, False, False, True]
     assert verdicts.imagined.tolist() == [True, False, True, False, True]
-    shares = {"attempts": 5, "successes": 3, "successes_imagined": 2 / 3, "failures_imagined": 0.5}
+    shares = {"attempts": 5, "share": 0.6, "successes": 3, "successes_imagined": 2 / 3, "failures_imagined": 0.5}
     assert trust.agreement(verdicts) == shares
 
 

@@ -94,6 +94,12 @@ def load_finished(template: Any, *, stage: str, workdir: str, settings: dict, nu
         return checkpointer.restore(template, settings)
 
 
+def save_untrained(state: Any, *, stage: str, workdir: str, settings: dict, num_steps: int) -> None:
+    """Saves a state as a stage's final one, for a stage that there is a reason not to train."""
+    with contextlib.closing(Checkpointer(f"{workdir}/{stage}")) as checkpointer:
+        checkpointer.save(num_steps, jax.device_get(state), settings)
+
+
 def fit(run: Callable, state: Any, make_batches: Callable[[int], Iterator[Any]], *, stage: str, **arguments) -> Any:
     """Trains one stage to `num_steps` updates, from its newest checkpoint where there is one.
 

@@ -6,7 +6,7 @@ the model knows what matters there; elsewhere PPO would be rewarded for what doe
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def judge(
     reward_rule: RewardRule,
     reward_params: Params,
     consecutive: int,
-    policy_settings: object,
+    policy_settings: Any,
 ) -> Verdicts:
     """Imagines attempts under their own actions, from the posterior of their first step, and compares the ends.
 
@@ -106,14 +106,18 @@ def start_bank(
     return jax.tree.map(lambda *x: np.concatenate(x), *chosen) if chosen else None, together
 
 
-def agreement(verdicts: Verdicts) -> dict[str, float | int | None]:
-    """How often imagination comes to the recorded end, of successes and of failures; None where there are none."""
+def agreement(verdicts: Verdicts) -> dict[str, Any]:
+    """How often imagination comes to the recorded end, of all, of successes and of failures.
+
+    Where there are no such attempts, the share of all is 0 and the others are None.
+    """
 
     def share(of: np.ndarray) -> float | None:
         return float((verdicts.imagined == verdicts.recorded)[of].mean()) if of.any() else None
 
     return {
         "attempts": len(verdicts.recorded),
+        "share": float((verdicts.imagined == verdicts.recorded).mean()) if len(verdicts.recorded) else 0.0,
         "successes": int(verdicts.recorded.sum()),
         "successes_imagined": share(verdicts.recorded),
         "failures_imagined": share(~verdicts.recorded),
@@ -121,7 +125,7 @@ def agreement(verdicts: Verdicts) -> dict[str, float | int | None]:
 
 
 def _fires(
-    reward_rule: RewardRule, policy_settings: object, reward_params: Params, start: LatentState, later: LatentState
+    reward_rule: RewardRule, policy_settings: Any, reward_params: Params, start: LatentState, later: LatentState
 ) -> Array:
     first, feature = (diffusion_policy.features(x, settings=policy_settings) for x in (start, later))
     count = jnp.zeros(len(first), jnp.int32)

@@ -2,8 +2,8 @@
 
 Command: python -m experiments.reproduce --config=experiments/configs/playtable_few.py --workdir=runs/playtable_few
 The serious run's world model and data serve: add --reuse=runs/playtable_wam. Scores: docs/results/playtable_few/.
-Eight demonstrations a task in place of 50, and ten times DPPO's clip widths with a larger learning rate: with DPPO's own,
-an iteration moves the policy by a divergence of 2e-5, and 800 iterations are what the papers take.
+Eight demonstrations a task in place of 50, and ten times DPPO's clip widths with a larger learning rate: with DPPO's
+own, an iteration moves the policy by a divergence of 2e-5, and 800 iterations are what the papers take.
 """
 
 from ml_collections import ConfigDict

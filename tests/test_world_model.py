@@ -70,18 +70,6 @@ def change_actions(batch, index):
 # --- Sizes ---
 
 
-def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_loss():
-    model = make_model(proprioception_input=False, proprioception_weight=0.0, open_loop_weight=0.0)
-    batch = make_steps()
-    robot_obs = make_steps(seed=99).observation.robot_obs
-    changed = batch.replace(observation=batch.observation.replace(robot_obs=robot_obs))
-    weights = make_state(model).params
-    embed = jax.jit(functools.partial(world_model.embed, model))
-    assert embed(weights, batch.observation).shape == (B, T, 16)
-    assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
-    assert_equal(*(compile_forward(model)(weights, x) for x in (batch, changed)))
-
-
 def test_the_future_never_changes_past_posteriors():
     moment = 3
     changed = change_actions(change_frames(make_steps(), slice(moment, None)), slice(moment - 1, None))
@@ -197,41 +185,6 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert set(metrics) == {"loss", *weights, *details}
     np.testing.assert_allclose(total, sum(weight * metrics[name] for name, weight in weights.items()), rtol=1e-6)
     assert metrics["loss"] == total
-
-
-def test_the_scene_decoder_is_trained_on_filtered_and_on_imagined_features_of_the_mechanisms_alone():
-    model = make_model(scene_weight=3.0)
-    weights, batch = make_state(model).params, make_steps()
-    plain = {name: tree for name, tree in weights.items() if name != "scene_decoder"}
-    assert_equal(plain, params())  # the other parts begin as without it
-
-    def terms(weights, scene_obs):
-        observed = batch.replace(observation=batch.observation.replace(scene_obs=scene_obs))
-        _, total, metrics, _ = compile_forward(model)(weights, observed)
-        return jnp.stack([metrics["scene"], metrics["open_loop_scene"]]), (total, metrics)
-
-    scene_obs = np.random.default_rng(0).uniform(0, 0.1, batch.observation.scene_obs.shape).astype(np.float32)
-    (gradients, by_entry), (total, metrics) = jax.jacrev(terms, argnums=(0, 1), has_aux=True)(weights, scene_obs)
-    size = {
-        name: sum(jnp.abs(x).sum(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree))
-        for name, tree in gradients.items()
-    }
-    for name in ("scene_decoder", "encoder", "rssm"):
-        assert (size.pop(name) > 0).all(), name
-    assert not any(x.any() for x in size.values()), size
-    expected = sum(
-        weight * metrics[name]
-        for name, weight in {
-            "reconstruction": 1.0, "kl": model.settings.kl_weight, "inverse_dynamics": model.settings.action_weight,
-            "proprioception": model.settings.proprioception_weight, "scene": 3.0, "open_loop": 1.0,
-        }.items()
-    )  # fmt: skip
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
-    open_loop = {"kl": model.settings.kl_weight, "proprioception": model.settings.proprioception_weight, "scene": 3.0}
-    expected = sum(weight * metrics[f"open_loop_{name}"] for name, weight in open_loop.items())
-    np.testing.assert_allclose(metrics["open_loop"], expected, rtol=1e-6)
-    for of_term in np.abs(by_entry).sum((1, 2)):
-        np.testing.assert_array_equal(of_term > 0, np.arange(specs.SCENE_OBS_DIM) < specs.NUM_MECHANISMS)
 
 
 def test_terms_without_weight_are_absent():

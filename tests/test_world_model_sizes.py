@@ -48,21 +48,6 @@ def test_dreamer_v2_lacks_the_inverse_dynamics_and_nothing_else():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), wam) == jax.tree.map(lambda x: (x.shape, x.dtype), dreamer_v2)
 
 
-def test_without_proprioception_all_that_reads_an_embedding_is_smaller_and_nothing_else():
-    config = base.get_config()
-    whole = param_shapes(config)
-    config.world_model.proprioception_input = False
-    shapes = param_shapes(config)
-    less = specs.PROPRIOCEPTION_DIM
-    smaller = {name: count(whole[name]) - count(shapes[name]) for name in whole}
-    assert smaller == {
-        "encoder": 0,
-        "rssm": less * config.world_model.rssm_hidden_dim,
-        "decoder": 0,
-        "inverse_dynamics": 2 * less * config.world_model.inverse_dynamics_dims[0],
-    }
-
-
 @pytest.mark.parametrize("kind", ["conv", "patch"])
 def test_shapes(kind):
     model = make_model(kind=kind)

@@ -1,0 +1,84 @@
+"""World models that see less than WAM's, or decode more: vision only, and the hybrid."""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import B, T, assert_equal, make_model, make_state, make_steps
+from ml_collections import FrozenConfigDict
+
+from experiments.configs import base
+from wam_jax import specs, world_model
+
+quick_compilation = helpers.quick_compilation
+
+
+def sizes(config):
+    """Parameters of each part."""
+    model = world_model.build(FrozenConfigDict(config.world_model))
+    shapes = jax.eval_shape(functools.partial(world_model.init, model), jax.random.key(0))
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+
+
+def test_without_proprioception_all_that_reads_an_embedding_is_smaller_and_nothing_else():
+    config = base.get_config()
+    whole, less = sizes(config), specs.PROPRIOCEPTION_DIM
+    config.world_model.proprioception_input = False
+    assert {name: whole[name] - size for name, size in sizes(config).items()} == {
+        "encoder": 0,
+        "rssm": less * config.world_model.rssm_hidden_dim,
+        "decoder": 0,
+        "inverse_dynamics": 2 * less * config.world_model.inverse_dynamics_dims[0],
+    }
+
+
+def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_loss():
+    model = make_model(proprioception_input=False, proprioception_weight=0.0, open_loop_weight=0.0)
+    batch = make_steps()
+    robot_obs = make_steps(seed=99).observation.robot_obs
+    changed = batch.replace(observation=batch.observation.replace(robot_obs=robot_obs))
+    weights = make_state(model).params
+    embed = jax.jit(functools.partial(world_model.embed, model))
+    assert embed(weights, batch.observation).shape == (B, T, 16)
+    assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
+    loss = jax.jit(functools.partial(world_model.loss, model=model))
+    assert_equal(*(loss(weights, x, jax.random.key(0)) for x in (batch, changed)))
+
+
+def test_the_scene_decoder_is_trained_on_filtered_and_on_imagined_features_of_the_mechanisms_alone():
+    model = make_model(scene_weight=3.0)
+    weights, batch = make_state(model).params, make_steps()
+    plain = {name: tree for name, tree in weights.items() if name != "scene_decoder"}
+    assert_equal(plain, make_state(make_model()).params)  # the other parts begin as without it
+
+    def terms(weights, scene_obs):
+        observed = batch.replace(observation=batch.observation.replace(scene_obs=scene_obs))
+        total, metrics = world_model.loss(weights, observed, jax.random.key(0), model=model)
+        return jnp.stack([metrics["scene"], metrics["open_loop_scene"]]), (total, metrics)
+
+    scene_obs = np.random.default_rng(0).uniform(0, 0.1, batch.observation.scene_obs.shape).astype(np.float32)
+    (gradients, by_entry), (total, metrics) = jax.jit(jax.jacrev(terms, argnums=(0, 1), has_aux=True))(
+        weights, scene_obs
+    )
+    size = {
+        name: sum(jnp.abs(x).sum(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree))
+        for name, tree in gradients.items()
+    }
+    for name in ("scene_decoder", "encoder", "rssm"):
+        assert (size.pop(name) > 0).all(), name
+    assert not any(x.any() for x in size.values()), size
+    expected = sum(
+        weight * metrics[name]
+        for name, weight in {
+            "reconstruction": 1.0, "kl": model.settings.kl_weight, "inverse_dynamics": model.settings.action_weight,
+            "proprioception": model.settings.proprioception_weight, "scene": 3.0, "open_loop": 1.0,
+        }.items()
+    )  # fmt: skip
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    open_loop = {"kl": model.settings.kl_weight, "proprioception": model.settings.proprioception_weight, "scene": 3.0}
+    expected = sum(weight * metrics[f"open_loop_{name}"] for name, weight in open_loop.items())
+    np.testing.assert_allclose(metrics["open_loop"], expected, rtol=1e-6)
+    for of_term in np.abs(by_entry).sum((1, 2)):
+        np.testing.assert_array_equal(of_term > 0, np.arange(specs.SCENE_OBS_DIM) < specs.NUM_MECHANISMS)

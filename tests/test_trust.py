@@ -1,5 +1,6 @@
 """Starts are trusted where imagination, under the recorded actions, comes to the recorded end."""
 
+import contextlib
 from unittest import mock
 
 import helpers
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
+from experiments import finetune_policy, train_policy, train_reward, train_world_model
 from wam_jax import latents, trust
 
 CONFIG = FrozenConfigDict(helpers.make_config())
@@ -82,3 +84,21 @@ def test_no_start_is_left_where_none_agrees():
         )
     assert bank is None and verdicts.recorded.tolist() == [True]
     assert trust.agreement(verdicts)["failures_imagined"] is None
+
+
+def test_a_task_that_is_not_trusted_keeps_its_cloned_policy(tmp_path):
+    config = FrozenConfigDict({**CONFIG.to_dict(), "tasks": ("turn_on_led",)})
+    base = train_policy.initial_state(config, "turn_on_led").ema_params
+    stubs = {
+        (finetune_policy, "start_bank"): None,
+        (train_world_model, "load"): (helpers.make_model(), {}),
+        (train_reward, "load"): {},
+        (train_policy, "load"): base,
+    }
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in stubs.items():
+            stack.enter_context(mock.patch.object(module, name, return_value=value))
+        finetune_policy.run(config, str(tmp_path))
+        loaded = finetune_policy.load(config, str(tmp_path), "turn_on_led")
+        helpers.assert_equal((loaded.base, loaded.finetuned), (base, base))
+        finetune_policy.run(config, str(tmp_path))  # there is nothing left to do

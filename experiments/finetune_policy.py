@@ -168,7 +168,7 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
     bank, verdicts = trust.start_bank(
         model, params, encoded, episodes, jax.random.key(config.seed), first, last,
         reward_rule=imagination_functions(config, model)["reward_rule"], reward_params=reward_params,
-        consecutive=config.reward.consecutive, policy_settings=train_policy.policy_settings(config),
+        policy_settings=train_policy.policy_settings(config),
     )  # fmt: skip
     path = os.path.join(workdir, "ppo", "trust.json")
     found = json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}

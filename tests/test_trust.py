@@ -28,6 +28,9 @@ def make_attempt(index, recorded, imagined):
 def imagine(model, params, encoded, episodes, rng):
     """Stands in for the world model: it imagines what the attempt says."""
     del model, params, rng
+    for episode in episodes:
+        assert not episode.action[-trust._HOLD :, :-1].any()  # the hand stays
+        assert (episode.action[-trust._HOLD - 1 :, -1] == episode.action[-1, -1]).all()  # the fingers too
     followed = [jax.tree.map(lambda x: x[1:], episode) for episode in episodes]
     return [latents.latent_at(latent, slice(1, None)) for latent in encoded], followed
 
@@ -42,12 +45,12 @@ def in_a_row(params, feature, first_feature, count):
     return jnp.stack(fired), count
 
 
-JUDGING = dict(reward_rule=in_a_row, reward_params=jnp.float32(0.5), consecutive=CONSECUTIVE)
+JUDGING = dict(reward_rule=in_a_row, reward_params=jnp.float32(0.5))
 ATTEMPTS = [
     make_attempt(0, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]),  # both solved
     make_attempt(1, [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 0]),  # never twice in a row: missed
     make_attempt(2, [0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]),  # made up
-    make_attempt(3, [0, 0, 0, 1], [0, 0, 0, 1]),  # once only, at the end of both: neither counts as solved
+    make_attempt(3, [0, 0, 0, 1], [0, 0, 0, 1]),  # solved as it ends: imagination is held still, for a second frame
     make_attempt(4, [0, 1, 1], [0, 1, 1]),
 ]
 
@@ -62,15 +65,15 @@ def judge(function, *args):
 
 def test_recorded_and_imagined_ends():
     verdicts = judge(trust.judge)
-    assert verdicts.recorded.tolist() == [True, True, False, False, True]
-    assert verdicts.imagined.tolist() == [True, False, True, False, True]
-    shares = {"attempts": 5, "share": 0.6, "successes": 3, "successes_imagined": 2 / 3, "failures_imagined": 0.5}
+    assert verdicts.recorded.tolist() == [True, True, False, True, True]
+    assert verdicts.imagined.tolist() == [True, False, True, True, True]
+    shares = {"attempts": 5, "share": 0.6, "successes": 4, "successes_imagined": 0.75, "failures_imagined": 0.0}
     assert trust.agreement(verdicts) == shares
 
 
 def test_the_bank_holds_the_starts_that_agree_and_no_others():
     bank, verdicts = judge(trust.start_bank, 0, 2)
-    # From step 1 on, what attempt 2 makes up is over after a frame, too few to count; attempt 4 ends before step 2.
+    # From step 1 on, what attempt 2 makes up is over after a frame, too few to count; attempt 4 ends at step 2.
     assert bank.deterministic[:, 1].tolist() == [0, 300, 400, 1, 201, 301, 401, 2, 202, 302]
     assert len(verdicts.recorded) == 5 + 5 + 4
     assert bank.logits.shape[0] == bank.stochastic.shape[0] == 10

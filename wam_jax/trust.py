@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wam_jax import diffusion_policy, latents
+from wam_jax import diffusion_policy, latents, specs
 from wam_jax.imagination import RewardRule
 from wam_jax.types import Array, LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
 _BATCH = 32  # attempts that are judged at once
+_HOLD = 12  # steps without motion that are imagined after a recording's last: what comes late still comes
 
 
 class Verdicts(NamedTuple):
-    """Of M attempts, bool [M] each: whether the reward rule finds them solved."""
+    """The ends of M attempts, bool [M] each."""
 
-    recorded: np.ndarray  # by the oracle's rewards
-    imagined: np.ndarray  # by what the reward sees of imagined latents
+    recorded: np.ndarray  # whether the oracle found them solved
+    imagined: np.ndarray  # whether the reward rule finds imagined latents solved
 
 
 def judge(
@@ -36,10 +37,11 @@ def judge(
     *,
     reward_rule: RewardRule,
     reward_params: Params,
-    consecutive: int,
     policy_settings: Any,
 ) -> Verdicts:
     """Imagines attempts under their own actions, from the posterior of their first step, and compares the ends.
+
+    Recordings end soon after success; imagination then holds the hand still for _HOLD steps more.
 
     Args:
       model, params: the frozen world model.
@@ -47,11 +49,11 @@ def judge(
       episodes: the same attempts' steps.
       rng: key for z.
       reward_rule, reward_params: judge imagined latents as PPO's reward does.
-      consecutive: recorded rewards in a row that count as success, as the rule wants of latents.
       policy_settings: see diffusion_policy; what the reward rule sees of a latent is what the policy sees.
     """
-    imagined, followed = latents.imagine_episodes(model, params, encoded, episodes, rng)
-    recorded = [_in_a_row(np.asarray(episode.reward) > 0.5, consecutive) for episode in followed]
+    recorded = [bool((episode.reward[1:] > 0.5).any()) for episode in episodes]
+    held = [_hold_still(latent, episode) for latent, episode in zip(encoded, episodes, strict=True)]
+    imagined, _ = latents.imagine_episodes(model, params, *zip(*held, strict=True), rng)
     rule = jax.jit(functools.partial(_fires, reward_rule, policy_settings))
     longest = max(len(latent.deterministic) for latent in imagined)
     found = []
@@ -132,11 +134,14 @@ def _fires(
     return reward_rule(reward_params, jnp.swapaxes(feature, 0, 1), first, count)[0]
 
 
-def _in_a_row(flags: np.ndarray, consecutive: int) -> bool:
-    if len(flags) < consecutive:
-        return False
-    return bool(np.lib.stride_tricks.sliding_window_view(flags, consecutive).all(axis=1).any())
+def _hold_still(latent: LatentState, episode: StepBatch) -> tuple[LatentState, StepBatch]:
+    """Both longer by _HOLD steps, in which the hand stays and the fingers keep their last command."""
+    length = len(episode.action) + _HOLD
+    still = np.zeros((_HOLD, specs.ACTION_DIM), np.float32)
+    still[:, -1] = episode.action[-1, -1]
+    action = np.concatenate([episode.action, still])
+    return _pad(latent, length), _pad(episode, length).replace(action=action)
 
 
-def _pad(latent: LatentState, length: int) -> LatentState:
-    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), latent)
+def _pad(steps: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), steps)

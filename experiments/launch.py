@@ -103,6 +103,7 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/wam_jax/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    parallel.any_process(False)  # processes connect while they are together: on a CPU one waits 30 s for the others
     if parallel.is_first_process():
         _check_workdir(config, workdir)
     return FrozenConfigDict(config)

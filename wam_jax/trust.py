@@ -52,8 +52,8 @@ def judge(
       policy_settings: see diffusion_policy; what the reward rule sees of a latent is what the policy sees.
     """
     recorded = [bool((episode.reward[1:] > 0.5).any()) for episode in episodes]
-    held = [_hold_still(latent, episode) for latent, episode in zip(encoded, episodes, strict=True)]
-    imagined, _ = latents.imagine_episodes(model, params, *zip(*held, strict=True), rng)
+    held_latents, held = zip(*map(_hold_still, encoded, episodes), strict=True)
+    imagined, _ = latents.imagine_episodes(model, params, held_latents, held, rng)
     rule = jax.jit(functools.partial(_fires, reward_rule, policy_settings))
     longest = max(len(latent.deterministic) for latent in imagined)
     found = []

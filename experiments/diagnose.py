@@ -3,6 +3,7 @@
 python -m experiments.diagnose --config=experiments/configs/playtable.py --workdir=runs/playtable_wam [--only=open_loop]
 
 Writes into WORKDIR/diagnose, each part as JSON and PNG, and summary.md over all parts:
+    trust        recorded attempts imagined under their own actions: no step of the environment
     calibration  success imagined against success outside, over policies and tasks
     classifier   the success classifier on the frames of real episodes, beside its figures on play
     open_loop    linear probes of hand, mechanisms and action: on filtered latents, and in imagination by horizon

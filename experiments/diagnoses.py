@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from experiments import evaluate, finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
-from wam_jax import calibration, datasets, evaluation, latents, open_loop, probes, replay, world_model
+from wam_jax import calibration, datasets, evaluation, latents, open_loop, probes, replay, trust, world_model
 from wam_jax.calibration import Point
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.evaluation import LatentPolicy
@@ -49,6 +49,8 @@ def settings(config, options: Options, part: str) -> dict[str, Any]:
     windows = {name: getattr(options, name) for name in ("contexts", "horizons", "train_windows", "num_windows")}
     if part == "open_loop":
         return windows
+    if part == "trust":
+        return {"num_episodes": options.num_episodes}
     episodes = {
         "num_episodes": options.num_episodes,
         "start_seed": _start_seed(config, options),
@@ -120,7 +122,20 @@ def divergence_units(config, workdir: str, options: Options) -> Units:
     }
 
 
+def trust_units(config, workdir: str, options: Options) -> Units:
+    """Recorded attempts at each task, imagined under their own actions: no step of the environment.
+
+    Raises:
+      ValueError: rewards, the world model or the demonstrations are missing.
+    """
+    return {
+        task: functools.partial(_trust, config, workdir, options, task, rewards)
+        for task, rewards in _rewards(config, workdir, options).items()
+    }
+
+
 PARTS = {
+    "trust": trust_units,
     "calibration": calibration_units,
     "classifier": classifier_units,
     "open_loop": open_loop_units,
@@ -223,6 +238,24 @@ def _record(config, workdir: str, options: Options, task: str, candidate: Candid
 
     windows = open_loop.encode(model, params, noted())
     return windows, np.concatenate(solved)
+
+
+def _trust(config, workdir: str, options: Options, task: str, rewards: Params) -> dict[str, Any]:
+    """The first demonstrations, and as many attempts of play and of its validation split, from their first frames."""
+    model, params = train_world_model.load(config, workdir)
+    sources = {"demonstrations": train_policy.encode_demonstrations(config, workdir)[task]}
+    sources |= {split: train_reward.encode_attempts(config, workdir, split)[task] for split in ("train", "validation")}
+    judging = {
+        "reward_rule": finetune_policy.imagination_functions(config, model)["reward_rule"],
+        "reward_params": rewards,
+        "policy_settings": train_policy.policy_settings(config),
+    }
+    found = {}
+    for name, (encoded, episodes) in sources.items():
+        chosen = encoded[: options.num_episodes], episodes[: options.num_episodes]
+        _, verdicts = trust.start_bank(model, params, *chosen, jax.random.key(config.seed), 0, 0, **judging)
+        found[name] = trust.agreement(verdicts)
+    return found
 
 
 def _classify(

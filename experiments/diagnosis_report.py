@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import diagnosis_tables
-from wam_jax import json_files, tables
+from wam_jax import intervals, json_files
 from wam_jax.calibration import STARTS, Point, rates
 
 _TITLES = {
@@ -54,6 +54,20 @@ def write_summary(directory: str, left_out: dict[str, str]) -> str:
     return text
 
 
+def _trust(record: dict[str, Any]):
+    units = record["units"]
+    place = np.arange(len(units))
+    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.2 * len(units), 4.5), constrained_layout=True, sharey=True)
+    for axis, key in zip(axes, ("successes", "failures"), strict=True):
+        for shift, (source, title) in enumerate(diagnosis_tables.TRUST_SOURCES.items()):
+            shares = _numbers([unit[source][f"{key}_imagined"] for unit in units.values()])
+            axis.bar(place + 0.27 * (shift - 1), shares, 0.25, label=title)
+        axis.set(title=f"recorded {key}: share imagined as such", ylim=(0, 1.05))
+        axis.set_xticks(place, [task.replace("_", " ") for task in units], rotation=45, ha="right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
 def _calibration(record: dict[str, Any]):
     points = [Point(**unit) for unit in record["units"].values()]
     tasks = list(dict.fromkeys(point.task for point in points))
@@ -78,7 +92,7 @@ def _calibration(record: dict[str, Any]):
 
 def _calibration_point(axis, point: Point, starts: str, colour: str) -> None:
     x, y = rates(point, starts)
-    spans = [tables.wilson(round(rate * point.episodes), point.episodes) for rate in (x, y)]
+    spans = [intervals.wilson(round(rate * point.episodes), point.episodes) for rate in (x, y)]
     marker = [mark for name, mark in _MARKERS.items() if name in point.policy][-1]
     (x_low, x_high), (y_low, y_high) = spans
     axis.errorbar(
@@ -186,6 +200,7 @@ def _span(figures: dict[str, Any], key: str) -> tuple[float, float]:
 
 
 _DRAWINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "trust": _trust,
     "calibration": _calibration,
     "classifier": _classifier,
     "open_loop": _open_loop,

@@ -5,6 +5,7 @@ from typing import Any
 
 from wam_jax.replay import PARTING
 
+TRUST_SOURCES = {"demonstrations": "demonstrations", "train": "play", "validation": "play, held out"}
 _STARTS = {"demonstrations": "demonstrations' first frames", "real": "the real episodes' starts"}
 
 
@@ -54,6 +55,27 @@ def _ladder(records: dict[str, dict[str, Any]]) -> str:
             "Success in %. Each column changes one thing: the oracle for the reward rule, real frames for imagined "
             "ones under the actions that were executed, these actions for the policy's own in imagination, the starts.",
             _table(header, rows),
+        ]
+    )
+
+
+def _trust(record: dict[str, Any]) -> str:
+    rows = []
+    for task, unit in record["units"].items():
+        for source, title in TRUST_SOURCES.items():
+            of = unit[source]
+            failures = of["attempts"] - of["successes"]
+            rows.append(
+                [task, title, str(of["successes"]), _percent(of["successes_imagined"]), str(failures),
+                 _percent(of["failures_imagined"])]
+            )  # fmt: skip
+    return "\n\n".join(
+        [
+            "## Recorded attempts imagined",
+            "Their own actions, imagined from the first frame; the reward rule beside the recorded end. No "
+            f"step of the environment is needed. At most {record['settings']['num_episodes']} attempts of each kind. "
+            "![bars](trust.png)",
+            _table(["task", "attempts", "solved", "solved in imagination, %", "failed", "failed there, %"], rows),
         ]
     )
 
@@ -206,6 +228,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 _SECTIONS = {
+    "trust": _trust,
     "calibration": _calibration,
     "classifier": _classifier,
     "open_loop": _open_loop,

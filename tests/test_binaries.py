@@ -144,12 +144,15 @@ def test_baselines_are_config_values(chain, tmp_path):
         "reward.kind": "scene",
         "policy.kind": "gaussian",
     }
-    printed = run("reproduce", workdir, *(f"--config.{key}={value}" for key, value in values.items())).stdout
+    changes = [f"--config.{key}={value}" for key, value in values.items()]
+    printed = run("reproduce", workdir, *changes).stdout
     assert "there is nothing to train" in printed and not (workdir / "reward").exists()
     rows = tables.load(str(workdir / "table.json"))
     assert [(row.task, row.stage) for row in rows] == [("turn_on_led", "bc"), ("turn_on_led", "ppo")]
     assert all(0 <= row.imagined_success <= 1 for row in rows)
-    only = run("diagnose", workdir, *DIAGNOSE, "--num_episodes=2", "--num_windows=4", "--only=classifier").stdout
+    only = run(
+        "diagnose", workdir, *changes, *DIAGNOSE, "--num_episodes=2", "--num_windows=4", "--only=classifier"
+    ).stdout
     assert "| turn_on_led/ppo 2 |" in only
 
 
@@ -173,7 +176,7 @@ def test_a_run_is_diagnosed_part_by_part(chain, tmp_path):
     shutil.copytree(chain.workdir, folder, ignore=shutil.ignore_patterns("reward", "tensorboard"))
     half = run("diagnose", folder, *DIAGNOSE, "--num_episodes=3", "--num_windows=4").stdout
     assert re.findall(r"^Not measured: (\w+) \(.*train_reward", half, re.MULTILINE) == [
-        "calibration", "classifier", "divergence"
+        "trust", "calibration", "classifier", "divergence"
     ]  # fmt: skip
     shutil.copytree(chain.workdir / "reward", folder / "reward")
     open_loop = (folder / "diagnose/open_loop.json").read_bytes()
@@ -181,11 +184,12 @@ def test_a_run_is_diagnosed_part_by_part(chain, tmp_path):
     assert (folder / "diagnose/open_loop.json").read_bytes() == open_loop
     assert (folder / "diagnose/summary.md").read_text() in printed and "Not measured" not in printed
     units = {}
-    for part in ("calibration", "classifier", "open_loop", "divergence"):
+    for part in ("trust", "calibration", "classifier", "open_loop", "divergence"):
         with open(folder / f"diagnose/{part}.json") as file:
             units[part] = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["units"]
         with Image.open(folder / f"diagnose/{part}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    assert units["trust"]["turn_on_led"]["demonstrations"]["successes"] == 2
     names = ["bc", "ppo 1", "ppo 2", "ppo 2 x 0.5"]
     assert list(units["calibration"]) == [f"turn_on_led/{name}" for name in names]
     assert list(units["open_loop"]) == ["probes", *(f"context {c}, {k}" for c in (1, 2) for k in ("soft", "sampled"))]

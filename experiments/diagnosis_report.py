@@ -62,8 +62,9 @@ def _trust(record: dict[str, Any]):
         for shift, (source, title) in enumerate(diagnosis_tables.TRUST_SOURCES.items()):
             shares = _numbers([unit[source][f"{key}_imagined"] for unit in units.values()])
             axis.bar(place + 0.27 * (shift - 1), shares, 0.25, label=title)
-        axis.set(title=f"recorded {key}: share imagined as such", ylim=(0, 1.05))
+        axis.set(title=f"recorded {key}", xlim=(-0.5, len(units) - 0.5), ylim=(0, 1.05))
         axis.set_xticks(place, [task.replace("_", " ") for task in units], rotation=45, ha="right", fontsize=8)
+    axes[0].set_ylabel("share that imagination ends alike")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 

@@ -70,7 +70,12 @@ def build(settings: Any) -> WorldModel:
             settings.kind, settings.encoder_width, settings.fused_dim, settings.proprioception_input, dtype
         ),
         rssm=RSSM(
-            settings.deterministic_dim, settings.num_latents, settings.num_classes, settings.rssm_hidden_dim, dtype
+            settings.deterministic_dim,
+            settings.num_latents,
+            settings.num_classes,
+            settings.rssm_hidden_dim,
+            _robot_dim(settings),
+            dtype,
         ),
         decoder=Decoder(settings.kind, settings.decoder_width, settings.decoder_dim, dtype),
         inverse_dynamics=inverse_dynamics.build(tuple(settings.inverse_dynamics_dims), dtype),
@@ -81,8 +86,12 @@ def build(settings: Any) -> WorldModel:
 
 
 def feature_dim(settings: Any) -> int:
-    """Size of [h; z]: D + S*V."""
-    return settings.deterministic_dim + settings.num_latents * settings.num_classes
+    """Size of [h; z]: D + S*V, and P more with the robot's own state."""
+    return settings.deterministic_dim + settings.num_latents * settings.num_classes + _robot_dim(settings)
+
+
+def _robot_dim(settings: Any) -> int:
+    return specs.PROPRIOCEPTION_DIM * settings.robot_state
 
 
 def embedding_dim(settings: Any) -> int:
@@ -106,7 +115,7 @@ def init(model: WorldModel, rng: Array) -> Params:
         frame = embedding if settings.action_input == "embeddings" else latent_feature
         pair = jnp.zeros((1, inverse_dynamics.input_dim(frame.shape[-1], settings.action_steps)))
         params["inverse_dynamics"] = model.inverse_dynamics.init(rngs[3], pair)
-    if settings.proprioception_weight:
+    if settings.proprioception_weight and not settings.robot_state:
         params["proprioception_decoder"] = model.proprioception_decoder.init(rngs[4], latent_feature)
     if settings.scene_weight:
         params["scene_decoder"] = model.scene_decoder.init(jax.random.fold_in(rng, 5), latent_feature)
@@ -149,15 +158,27 @@ def observe_step(
     Returns:
       B posterior states.
     """
-    projected_action = _rssm(model, params, "project_action", action)
-    projected_embedding = _rssm(model, params, "project_embedding", embed(model, params, observation))
-    return _posterior_step(model, params, latent, projected_action, projected_embedding, rng)
+    projected_action = _project_action(model, params, action, latent.robot)
+    embedding = embed(model, params, observation)
+    projected_embedding = _rssm(model, params, "project_embedding", embedding)
+    robot = _measured_robot(model, embedding)
+    return _posterior_step(model, params, latent, projected_action, projected_embedding, robot, rng)
 
 
-def _posterior_step(model, params, latent, projected_action, projected_embedding, rng) -> LatentState:
+def _project_action(model, params, action, robot) -> Array:
+    projected = _rssm(model, params, "project_action", action)
+    return projected if robot is None else projected + _rssm(model, params, "project_robot", robot)
+
+
+def _measured_robot(model, embedding) -> Array | None:
+    """The proprioception that every embedding ends with, for models whose state has the robot's own."""
+    return embedding[..., -specs.PROPRIOCEPTION_DIM :].astype(jnp.float32) if model.settings.robot_state else None
+
+
+def _posterior_step(model, params, latent, projected_action, projected_embedding, robot, rng) -> LatentState:
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     logits = _rssm(model, params, "posterior_logits", hidden, projected_embedding)
-    return LatentState(hidden, logits, sample_stochastic(logits, rng))
+    return LatentState(hidden, logits, sample_stochastic(logits, rng), robot)
 
 
 def imagine_step(model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array) -> LatentState:
@@ -169,10 +190,15 @@ def imagine_step(model: WorldModel, params: Params, latent: LatentState, action:
 
 
 def _prior_step(model, params, latent, projected_action, rng) -> LatentState:
+    robot = latent.robot
+    if robot is not None:
+        projected_action = projected_action + _rssm(model, params, "project_robot", robot)
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
+    if robot is not None:
+        robot = robot + _rssm(model, params, "robot_change", hidden)
     logits = _rssm(model, params, "prior_logits", hidden)
     soft = model.settings.soft_prior
-    return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, rng))
+    return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, rng), robot)
 
 
 def observe(model: WorldModel, params: Params, embedding: Array, action: Array, rng: Array) -> LatentState:
@@ -190,15 +216,17 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     batch_size, length = embedding.shape[:2]
     neutral = jnp.broadcast_to(jnp.asarray(specs.NEUTRAL_ACTION), (batch_size, 1, specs.ACTION_DIM))
     previous_action = jnp.concatenate([neutral, action[:, :-1]], axis=1)
+    robot = _measured_robot(model, embedding)
+    previous_robot = None if robot is None else jnp.pad(robot[:, :-1], ((0, 0), (1, 0), (0, 0)))
     # Both products are independent of the recurrence: one matrix product for all steps, outside the scan.
-    projected_action = _rssm(model, params, "project_action", previous_action)
+    projected_action = _project_action(model, params, previous_action, previous_robot)
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
 
     def step(rssm_params, latent, inputs, rng):
         latent = _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, rng)
         return latent, latent
 
-    time_major = (projected_action.swapaxes(0, 1), projected_embedding.swapaxes(0, 1))
+    time_major = jax.tree.map(lambda x: x.swapaxes(0, 1), (projected_action, projected_embedding, robot))
     start = initial(model, params, batch_size)
     _, latents = recurrence.scan(step, params["rssm"], start, time_major, jax.random.split(rng, length))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
@@ -283,7 +311,8 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
             shuffled=settings.action_target == "shuffled",
         )
         weights["inverse_dynamics"] = settings.action_weight
-    for name, error in _state_errors(model, params, features, batch.observation).items():
+    expected_robot = _expected_robot(model, params, posterior)
+    for name, error in _state_errors(model, params, features, expected_robot, batch.observation).items():
         terms[name], weights[name] = error, settings[f"{name}_weight"]
     if settings.open_loop_weight:
         terms["open_loop"], open_loop_metrics = _open_loop(model, params, posterior, batch, open_loop_rng)
@@ -319,11 +348,24 @@ def _frame_weights(length: int, first: float) -> np.ndarray:
     return np.where(np.arange(length) == 0, np.float32(first), np.float32(1))
 
 
-def _state_errors(model, params, features: Array, observation: Observation) -> Metrics:
-    """Half the squared error of the robot's and of the scene's decoded state, of those that have a weight."""
+def _expected_robot(model, params, posterior: LatentState) -> Array | None:
+    """The robot's state as each h expects it from the measured one before [B, T, P]; a first frame's as measured."""
+    if posterior.robot is None:
+        return None
+    change = _rssm(model, params, "robot_change", posterior.deterministic[:, 1:])
+    return jnp.concatenate([posterior.robot[:, :1], posterior.robot[:, :-1] + change], axis=1)
+
+
+def _state_errors(model, params, features: Array, robot: Array | None, observation: Observation) -> Metrics:
+    """Half the squared error of the robot's and of the scene's state, of those that have a weight.
+
+    The robot's is `robot`, where the model carries it, else what is decoded from the features, as the scene's.
+    """
     errors = {}
     if model.settings.proprioception_weight:
-        predicted = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
+        predicted = robot
+        if robot is None:
+            predicted = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
         errors["proprioception"] = predicted - specs.proprioception(observation.robot_obs)
     if model.settings.scene_weight:
         predicted = model.scene_decoder.apply({"params": params["scene_decoder"]}, features)
@@ -352,7 +394,7 @@ def _open_loop(model, params, posterior: LatentState, batch: StepBatch, rng: Arr
     kl = categorical_kl(lax.stop_gradient(posterior.logits[:, 1:]), imagined.logits).mean()
     total = model.settings.kl_weight * kl
     observation = jax.tree.map(lambda x: segments(x)[:, 1:], batch.observation)
-    errors = _state_errors(model, params, feature(imagined), observation)
+    errors = _state_errors(model, params, feature(imagined), imagined.robot, observation)
     for name, error in errors.items():
         total = total + model.settings[f"{name}_weight"] * error
     return total, {"open_loop_kl": kl} | {f"open_loop_{name}": error for name, error in errors.items()}

@@ -50,6 +50,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "fused_dim": 1536,  # LUMOS
             "proprioception_input": True,  # WAM, LUMOS; False: the embedding sees the cameras alone
             "deterministic_dim": 1024,  # WAM
+            "robot_state": False,  # True: the robot's proprioception is carried beside [h; z], see rssm.py; ours
             "num_latents": 32,  # WAM
             "num_classes": 32,  # WAM
             "rssm_hidden_dim": 1000,  # LUMOS

@@ -4,6 +4,11 @@
     z_t ~ q(. | h_t, e_t)   posterior, where the embedding e_t of the observation is known
     z_t ~ p(. | h_t)        prior, in imagination
 
+With `robot_state` (ours) the robot's proprioception p is part of the state: measured while observing, in imagination
+moved by what h expects of the action. The hand's place then needs no categoricals, which hold it to a few centimetres.
+
+    h_t = GRU(h_{t-1}, ELU(LN(W_z z_{t-1} + W_a a_{t-1} + W_p p_{t-1}))),   p_t = p_{t-1} + 0.1 MLP(h_t) in imagination
+
 The products that do not depend on the recurrence (W_a a and W_e e) are methods of their own, so that callers compute
 them for all time steps in one matrix product outside the scan.
 """
@@ -18,13 +23,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from wam_jax.networks.categorical import sample_one_hot
-from wam_jax.networks.layers import NormElu, dense
+from wam_jax.networks.layers import MLP, NormElu, dense
 from wam_jax.networks.recurrence import recurrent_dot
 from wam_jax.types import Array, LatentState
 
 
 def feature(latent: LatentState, *, soft: bool = False) -> Array:
     """The model's state as policy, critic, classifier and decoder see it: [h; z], [..., D + S*V], h first.
+
+    With the robot's own state it is [h; z; p], [..., D + S*V + P].
 
     Args:
       latent: states [...].
@@ -33,7 +40,8 @@ def feature(latent: LatentState, *, soft: bool = False) -> Array:
     """
     stochastic = jax.nn.softmax(latent.logits) if soft else latent.stochastic
     flat = stochastic.reshape(*stochastic.shape[:-2], -1)
-    return jnp.concatenate([latent.deterministic, flat.astype(latent.deterministic.dtype)], axis=-1)
+    parts = [latent.deterministic, flat] + ([] if latent.robot is None else [latent.robot])
+    return jnp.concatenate([part.astype(latent.deterministic.dtype) for part in parts], axis=-1)
 
 
 def sample_stochastic(logits: Array, rng: Array) -> Array:
@@ -49,6 +57,7 @@ def categorical_kl(logits_p: Array, logits_q: Array) -> Array:
     return p.kl_divergence(q)
 
 
+ROBOT_CHANGE = 0.1  # about what a coordinate of p, within [-1, 1], changes in a fast step
 recurrent_dense = functools.partial(dense, dot_general=recurrent_dot)  # for layers of a step
 
 
@@ -83,6 +92,7 @@ class RSSM(nn.Module):
     num_latents: int
     num_classes: int
     hidden_dim: int
+    robot_dim: int = 0  # P where the state has the robot's own
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -97,6 +107,9 @@ class RSSM(nn.Module):
         self.posterior_embedding = dense(self.hidden_dim, self.dtype, use_bias=False)
         self.posterior_norm = NormElu(self.dtype)
         self.posterior_out = recurrent_dense(self.num_latents * self.num_classes, self.dtype)
+        if self.robot_dim:
+            self.robot_in = dense(self.hidden_dim, self.dtype, use_bias=False)
+            self.robot_out = MLP((self.hidden_dim,), self.robot_dim, self.dtype)
         zeros = nn.initializers.zeros
         self.initial_deterministic = self.param("initial_deterministic", zeros, (self.deterministic_dim,))
         self.initial_stochastic = self.param("initial_stochastic", zeros, (self.num_latents, self.num_classes))
@@ -114,18 +127,27 @@ class RSSM(nn.Module):
             ),
             logits=jnp.zeros(latent_shape, jnp.float32),
             stochastic=jnp.broadcast_to(self.initial_stochastic, latent_shape),
+            robot=jnp.zeros((batch_size, self.robot_dim), jnp.float32) if self.robot_dim else None,
         )
 
     def project_action(self, action: Array) -> Array:
         """W_a a: [..., A] -> [..., hidden]."""
         return self.action_in(action)
 
+    def project_robot(self, robot: Array) -> Array:
+        """W_p p: [..., P] -> [..., hidden]."""
+        return self.robot_in(robot)
+
+    def robot_change(self, deterministic: Array) -> Array:
+        """What h_t [..., D] expects of p_t - p_{t-1}: float32 [..., P]."""
+        return ROBOT_CHANGE * self.robot_out(deterministic)
+
     def project_embedding(self, embedding: Array) -> Array:
         """W_e e: [..., E] -> [..., hidden]."""
         return self.posterior_embedding(embedding)
 
     def recurrent(self, deterministic: Array, stochastic: Array, projected_action: Array) -> Array:
-        """h_{t-1} [B, D], z_{t-1} [B, S, V] and W_a a_{t-1} [B, hidden] -> h_t [B, D]."""
+        """h_{t-1} [B, D], z_{t-1} [B, S, V] and W_a a_{t-1} (+ W_p p_{t-1}) [B, hidden] -> h_t [B, D]."""
         latent = self.latent_in(stochastic.reshape(*stochastic.shape[:-2], -1).astype(self.dtype))
         return self.gru(deterministic, self.norm_in(latent + projected_action))
 
@@ -144,5 +166,10 @@ class RSSM(nn.Module):
     def __call__(self, action: Array, embedding: Array) -> Array:
         """Touches every parameter, for initialisation: [B, A] and [B, E] -> posterior logits."""
         state = self.initial(action.shape[0])
-        hidden = self.recurrent(state.deterministic, state.stochastic, self.project_action(action))
+        projected = self.project_action(action)
+        if self.robot_dim:
+            projected = projected + self.project_robot(state.robot)
+        hidden = self.recurrent(state.deterministic, state.stochastic, projected)
+        if self.robot_dim:
+            self.robot_change(hidden)
         return self.prior_logits(hidden) + self.posterior_logits(hidden, self.project_embedding(embedding))

@@ -63,4 +63,6 @@ def latents(config: FrozenConfigDict, count: int) -> LatentState:
     settings, rng = config.world_model, np.random.default_rng(2)
     logits = rng.normal(size=(count, settings.num_latents, settings.num_classes)).astype(np.float32)
     deterministic = rng.uniform(-1, 1, (count, settings.deterministic_dim)).astype(np.float32)
-    return LatentState(deterministic, logits, (logits == logits.max(-1, keepdims=True)).astype(np.float32))
+    stochastic = (logits == logits.max(-1, keepdims=True)).astype(np.float32)
+    robot = uniform((count, specs.PROPRIOCEPTION_DIM)) if settings.robot_state else None
+    return LatentState(deterministic, logits, stochastic, robot)

@@ -8,7 +8,7 @@ import functools
 import jax
 
 from experiments import launch
-from wam_jax import datasets, input_pipeline, parallel, training, world_model
+from wam_jax import datasets, input_pipeline, parallel, training, world_model, world_model_training
 from wam_jax.types import Params
 from wam_jax.world_model import WorldModel
 
@@ -24,7 +24,7 @@ def run(config, workdir: str) -> None:
     datasets.open_builder(play_directory, "train")  # a missing one is named before anything is built
     devices = parallel.local_devices(config.num_devices)
     model = world_model.build(settings)
-    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+    update = functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME)
 
     def make_batches(first_step: int):
         return input_pipeline.make_batches(
@@ -44,7 +44,7 @@ def run(config, workdir: str) -> None:
     take = functools.partial(input_pipeline.take_windows, length=settings.window_length, axis_name=parallel.AXIS_NAME)
     training.fit(
         parallel.compile_updates(update, devices, take=take if config.dataset.cache == "device" else None),
-        jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(config.seed)),
+        jax.jit(functools.partial(world_model_training.create_state, model))(jax.random.key(config.seed)),
         make_batches,
         stage=STAGE,
         workdir=workdir,
@@ -65,7 +65,7 @@ def load(config, workdir: str) -> tuple[WorldModel, Params]:
       ValueError: there is none yet, it is not trained to the end, or it is of another size than the config says.
     """
     model = world_model.build(config.world_model)
-    template = jax.eval_shape(functools.partial(world_model.create_state, model), jax.random.key(0))
+    template = jax.eval_shape(functools.partial(world_model_training.create_state, model), jax.random.key(0))
     state = training.load_finished(
         template, stage=STAGE, workdir=workdir, settings=config.world_model.to_dict(),
         num_steps=config.world_model.num_steps, binary="train_world_model",

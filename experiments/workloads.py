@@ -12,13 +12,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import finetune_policy, made_up, train_policy, train_reward
 from experiments.configs import quickstart
-from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, reward_rules, specs, world_model
+from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, world_model, world_model_training
 from wam_jax import imagination as imagination_lib
 from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
 from wam_jax.input_pipeline import Batches
 from wam_jax.networks import recurrence
+from wam_jax.reward_rules import scene_params
 from wam_jax.types import StepBatch
 
 WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model update
@@ -114,7 +115,7 @@ def training(config: FrozenConfigDict, name: str, cache: str) -> FedProgram:
 def dispatch(config: FrozenConfigDict) -> Program:
     """What a call costs beside its updates: one that only counts, with the whole state of the world model."""
     devices = parallel.local_devices(config.num_devices)
-    create = functools.partial(world_model.create_state, world_model.build(config.world_model))
+    create = functools.partial(world_model_training.create_state, world_model.build(config.world_model))
     state = jax.jit(create)(jax.random.key(0))
 
     def count(state, batch, rng):
@@ -140,8 +141,8 @@ def _world_model_updates(
     """What workloads of the world model's updates have in common: most fields of a Program."""
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
     model = world_model.build(settings)
-    state = jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0))
-    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+    state = jax.jit(functools.partial(world_model_training.create_state, model))(jax.random.key(0))
+    update = functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME)
     one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
     return {
         "dtype": settings.compute_dtype,
@@ -160,9 +161,9 @@ def _world_model_updates(
 def update_flops(settings, batch: StepBatch) -> int:
     """FLOPs of one update of the world model; rows that only fill registers up are no work."""
     model = world_model.build(settings)
-    state = jax.eval_shape(functools.partial(world_model.create_state, model), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(world_model_training.create_state, model), jax.random.key(0))
     with recurrence.plain_products():
-        return flops.count(functools.partial(world_model.update, model=model), state, batch, jax.random.key(0))
+        return flops.count(functools.partial(world_model_training.update, model=model), state, batch, jax.random.key(0))
 
 
 def imagination(config: FrozenConfigDict) -> Program:
@@ -221,7 +222,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
     model, params = _world_model(config)
     base_policy = train_policy.initial_state(config, config.tasks[0]).params
     if config.reward.kind == "scene":
-        reward_params = reward_rules.scene_params(params, config.tasks[0])
+        reward_params = scene_params(params, config.tasks[0])
     else:
         reward_params = train_reward.initial_state(config, config.tasks[0]).params
     inputs = ImaginationInputs(

@@ -16,7 +16,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import quickstart
-from wam_jax import input_pipeline, parallel, reward_rules, rlds, specs, world_model
+from wam_jax import input_pipeline, parallel, reward_rules, rlds, specs, world_model, world_model_training
 from wam_jax import shards as shard_files
 from wam_jax.types import LatentState, Observation, StepBatch
 
@@ -94,9 +94,9 @@ def classifier_rule(settings):
 
 
 @functools.cache
-def make_state(model: world_model.WorldModel) -> world_model.WorldModelState:
+def make_state(model: world_model.WorldModel) -> world_model_training.WorldModelState:
     """The state before the first update, on the host."""
-    return jax.device_get(jax.jit(functools.partial(world_model.create_state, model))(jax.random.key(0)))
+    return jax.device_get(jax.jit(functools.partial(world_model_training.create_state, model))(jax.random.key(0)))
 
 
 def make_steps(seed: int = 0, shape: tuple[int, ...] = (B, T)) -> StepBatch:

@@ -20,7 +20,7 @@ from calvin_files import make_input, rewrite, save_pickled
 
 from data.calvin import convert, episodes, npz_folder, pickled_npy
 from data.calvin.conversion import Settings
-from wam_jax import datasets, input_pipeline, parallel, specs, world_model
+from wam_jax import datasets, input_pipeline, parallel, specs, world_model_training
 
 quick_compilation = helpers.quick_compilation
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def test_50_updates_of_the_world_model_lower_its_loss(recorded, tmp_path):
     model = helpers.make_model(learning_rate=5e-3, final_learning_rate=5e-3, batch_size=2, num_steps=50)
     devices = parallel.local_devices(1)
     run = parallel.compile_updates(
-        functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME), devices
+        functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME), devices
     )
     state, loss = parallel.replicate(helpers.make_state(model), devices), []
     batches = input_pipeline.make_batches(

@@ -27,6 +27,7 @@ from wam_jax import (
     success_classifier,
     training,
     world_model,
+    world_model_training,
 )
 
 NUM_DEVICES = 8
@@ -62,7 +63,7 @@ def all_devices_equal(tree):
 def check_world_model_update_is_the_same_on_1_and_8_devices():
     # With this epsilon an AdamW step is proportional to the gradient: rounding is not blown up to the learning rate.
     model = helpers.make_model(adam_epsilon=1.0, open_loop_weight=0.0, proprioception_weight=0.0)
-    update = functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME)
+    update = functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME)
     start = helpers.make_state(model)
     batch = helpers.make_steps(shape=(2, 8, 6))  # two updates of 8 windows
     results = []

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import finetune_policy, train_policy, train_reward
-from wam_jax import world_model
+from wam_jax import world_model, world_model_training
 
 PACKAGES = ("wam_jax", "experiments", "data")
 SOURCES = sorted(path for package in PACKAGES for path in (helpers.ROOT / package).rglob("*.py"))
@@ -115,7 +115,7 @@ def test_every_config_initialises_every_network(config, method):
     def init(rng):
         model = world_model.build(config.world_model)
         policy = train_policy.initial_state(config, task)
-        states = world_model.create_state(model, rng), policy, train_reward.initial_state(config, task)
+        states = world_model_training.create_state(model, rng), policy, train_reward.initial_state(config, task)
         return *states, finetune_policy.initial_state(config, task, policy.ema_params)
 
     model_state, policy, classifier, ppo = jax.eval_shape(init, jax.random.key(0))

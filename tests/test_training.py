@@ -27,6 +27,7 @@ from wam_jax import (
     success_classifier,
     training,
     world_model,
+    world_model_training,
 )
 from wam_jax.checkpoints import Checkpointer
 
@@ -126,7 +127,7 @@ def test_the_seed_matters(tmp_path):
 def test_the_world_model_resumes_bit_for_bit(tmp_path):
     model = helpers.make_model(open_loop_weight=0.0, proprioception_weight=0.0)
     run = parallel.compile_updates(
-        functools.partial(world_model.update, model=model, axis_name=parallel.AXIS_NAME), DEVICES
+        functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME), DEVICES
     )
 
     def make_batches(first_step):

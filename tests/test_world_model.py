@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import B, T, assert_close, assert_equal, make_model, make_state, make_steps, sample_mode
 
-from wam_jax import specs, world_model
+from wam_jax import specs, world_model, world_model_training
 from wam_jax.networks import rssm
 
 quick_compilation = helpers.quick_compilation
@@ -37,7 +37,7 @@ def compile_forward(model):
         with without_noise(), mock.patch.object(world_model, "imagine", imagine):
             embedding = world_model.embed(model, params, batch.observation)
             posterior = world_model.observe(model, params, embedding, batch.action, jax.random.key(0))
-            total, metrics = world_model.loss(params, batch, jax.random.key(0), model=model)
+            total, metrics = world_model_training.loss(params, batch, jax.random.key(0), model=model)
         return posterior, total, metrics, [latent.logits for latent in found]
 
     return jax.jit(forward)
@@ -213,7 +213,7 @@ def test_kl():
     p, q = (jax.random.normal(jax.random.key(i), (3, 4, 5)) for i in range(2))
     np.testing.assert_allclose(rssm.categorical_kl(p, q), numpy_kl(p, q), rtol=1e-4)
     np.testing.assert_allclose(rssm.categorical_kl(p, p + 2.0), 0, atol=1e-5)
-    np.testing.assert_allclose(world_model._balanced_kl(p, p, 0.8, np.ones(3)), 0, atol=1e-5)
+    np.testing.assert_allclose(world_model_training._balanced_kl(p, p, 0.8, np.ones(3)), 0, atol=1e-5)
 
 
 def test_kl_balance_moves_the_prior_four_times_as_much():
@@ -223,7 +223,7 @@ def test_kl_balance_moves_the_prior_four_times_as_much():
         return rssm.categorical_kl(posterior, prior).mean()
 
     def balanced(posterior, prior):
-        return world_model._balanced_kl(posterior, prior, 0.8, np.ones(3))
+        return world_model_training._balanced_kl(posterior, prior, 0.8, np.ones(3))
 
     np.testing.assert_allclose(balanced(posterior, prior), full(posterior, prior), rtol=1e-6)
     gradients, expected = (jax.grad(f, argnums=(0, 1))(posterior, prior) for f in (balanced, full))
@@ -267,7 +267,7 @@ def overfitted():
     @jax.jit
     def train(state):
         def update(state, index):
-            return world_model.update(state, batch, jax.random.fold_in(rng, index), model=model)
+            return world_model_training.update(state, batch, jax.random.fold_in(rng, index), model=model)
 
         return jax.lax.scan(update, state, jnp.arange(80))
 
@@ -286,11 +286,17 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_and_losses_in_float32():
     model = make_model(compute_dtype="bfloat16")
 
     def forward(batch):
-        state = world_model.create_state(model, jax.random.key(0))
+        state = world_model_training.create_state(model, jax.random.key(0))
         embedding = world_model.embed(model, state.params, batch.observation)
         posterior = world_model.observe(model, state.params, embedding, batch.action, jax.random.key(1))
-        loss = world_model.loss(state.params, batch, jax.random.key(2), model=model)
-        return embedding, posterior, loss, state, world_model.update(state, batch, jax.random.key(2), model=model)
+        loss = world_model_training.loss(state.params, batch, jax.random.key(2), model=model)
+        return (
+            embedding,
+            posterior,
+            loss,
+            state,
+            world_model_training.update(state, batch, jax.random.key(2), model=model),
+        )
 
     embedding, posterior, loss, state, (updated, metrics) = jax.eval_shape(forward, make_steps())
     assert embedding.dtype == posterior.deterministic.dtype == jnp.bfloat16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import B, T, assert_equal, make_model, make_state, make_steps
 
-from wam_jax import specs, world_model
+from wam_jax import specs, world_model, world_model_training
 from wam_jax.networks import rssm
 
 quick_compilation = helpers.quick_compilation
@@ -25,7 +25,7 @@ def measure(**changes):
     @jax.jit
     def terms_and_gradient(params, batch):
         def term(params):
-            metrics = world_model.loss(params, batch, jax.random.key(0), model=model)[1]
+            metrics = world_model_training.loss(params, batch, jax.random.key(0), model=model)[1]
             return metrics["inverse_dynamics"], metrics
 
         gradient, metrics = jax.grad(term, has_aux=True)(params)
@@ -85,7 +85,7 @@ def kl(weight):
         posterior = world_model.observe(model, params, embedding, batch.action, jax.random.split(rng)[0])
         prior = model.rssm.apply({"params": params["rssm"]}, posterior.deterministic, method="prior_logits")
         each = rssm.categorical_kl(posterior.logits, prior)
-        return world_model.loss(params, batch, rng, model=model)[1]["kl"], each
+        return world_model_training.loss(params, batch, rng, model=model)[1]["kl"], each
 
     return jax.device_get(forward(params))
 

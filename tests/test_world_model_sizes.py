@@ -11,7 +11,7 @@ from helpers import B, T, make_model, make_state, make_steps
 from ml_collections import FrozenConfigDict
 
 from experiments.configs import base
-from wam_jax import specs, world_model
+from wam_jax import specs, world_model, world_model_training
 from wam_jax.networks.encoder import from_patches, to_patches
 
 quick_compilation = helpers.quick_compilation
@@ -59,7 +59,13 @@ def test_shapes(kind):
         start = jax.tree.map(lambda x: x[:, -1], posterior)
         imagined = world_model.imagine(model, weights, start, batch.action[:, :3], jax.random.key(2))
         images = world_model.decode(model, weights, imagined)
-        return embedding, posterior, imagined, images, world_model.loss(weights, batch, jax.random.key(3), model=model)
+        return (
+            embedding,
+            posterior,
+            imagined,
+            images,
+            world_model_training.loss(weights, batch, jax.random.key(3), model=model),
+        )
 
     embedding, posterior, imagined, images, (loss, _) = jax.eval_shape(forward, make_steps())
     assert embedding.shape == (B, T, 16 + specs.PROPRIOCEPTION_DIM)

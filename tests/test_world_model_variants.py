@@ -10,7 +10,7 @@ from helpers import B, T, assert_equal, make_model, make_state, make_steps
 from ml_collections import FrozenConfigDict
 
 from experiments.configs import base
-from wam_jax import specs, world_model
+from wam_jax import specs, world_model, world_model_training
 
 quick_compilation = helpers.quick_compilation
 
@@ -43,7 +43,7 @@ def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_l
     embed = jax.jit(functools.partial(world_model.embed, model))
     assert embed(weights, batch.observation).shape == (B, T, 16)
     assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
-    loss = jax.jit(functools.partial(world_model.loss, model=model))
+    loss = jax.jit(functools.partial(world_model_training.loss, model=model))
     assert_equal(*(loss(weights, x, jax.random.key(0)) for x in (batch, changed)))
 
 
@@ -55,7 +55,7 @@ def test_the_scene_decoder_is_trained_on_filtered_and_on_imagined_features_of_th
 
     def terms(weights, scene_obs):
         observed = batch.replace(observation=batch.observation.replace(scene_obs=scene_obs))
-        total, metrics = world_model.loss(weights, observed, jax.random.key(0), model=model)
+        total, metrics = world_model_training.loss(weights, observed, jax.random.key(0), model=model)
         return jnp.stack([metrics["scene"], metrics["open_loop_scene"]]), (total, metrics)
 
     scene_obs = np.random.default_rng(0).uniform(0, 0.1, batch.observation.scene_obs.shape).astype(np.float32)

@@ -105,6 +105,12 @@ def _check_agreement(config: ConfigDict) -> None:
             "config.reward.kind='scene' needs a world model that decodes scene states, and config.world_model."
             "scene_weight is 0; take a weight above 0, e.g. 1000, or reward.kind=classifier"
         )
+    for key in ("proprioception_input", "proprioception_weight"):
+        if config.world_model.robot_state and not config.world_model[key]:
+            raise ValueError(
+                f"config.world_model.robot_state carries and learns the robot's proprioception, and config.world_model."
+                f"{key} is {config.world_model[key]}; take another, e.g. {'True' if key.endswith('input') else 1000}"
+            )
     chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
     if max_steps < chunk or max_steps % chunk:
         raise ValueError(

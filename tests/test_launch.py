@@ -64,6 +64,7 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
             "scene",
             "kind='scene' needs a world model that decodes .*scene_weight is 0; take a weight above",
         ),
+        ("world_model.robot_state", True, "world_model.proprioception_weight is 0.0; take another, e.g. 1000"),
         ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
         ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),
         ("tasks", ("open_drawer", "open_drawer"), "config.tasks names 'open_drawer' twice"),

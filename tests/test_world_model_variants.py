@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from experiments.configs import base
 from wam_jax import specs, world_model, world_model_training
+from wam_jax.networks import rssm
 
 quick_compilation = helpers.quick_compilation
 
@@ -45,6 +46,57 @@ def test_without_proprioception_the_robots_state_reaches_neither_embedding_nor_l
     assert_equal(*(embed(weights, x.observation) for x in (batch, changed)))
     loss = jax.jit(functools.partial(world_model_training.loss, model=model))
     assert_equal(*(loss(weights, x, jax.random.key(0)) for x in (batch, changed)))
+
+
+def test_the_robots_own_state_is_measured_while_observing_and_moved_by_what_h_expects_while_imagining():
+    model, batch = make_model(robot_state=True), make_steps()
+    weights = make_state(model).params
+    measured = specs.proprioception(batch.observation.robot_obs)
+
+    def forward(weights, batch):
+        embedding = world_model.embed(model, weights, batch.observation)
+        posterior = world_model.observe(model, weights, embedding, batch.action, jax.random.key(0))
+        at = functools.partial(jax.tree.map, lambda x: x[:, 0])
+        imagined = world_model.imagine(model, weights, at(posterior), batch.action, jax.random.key(1))
+        return posterior, imagined, world_model.expected_robot(model, weights, posterior)
+
+    posterior, imagined, expected = jax.jit(forward)(weights, batch)
+    np.testing.assert_allclose(posterior.robot, measured, atol=1e-6)
+    feature = rssm.feature(posterior)
+    assert feature.shape[-1] == world_model.feature_dim(model.settings)
+    np.testing.assert_array_equal(feature[..., -specs.PROPRIOCEPTION_DIM :], posterior.robot)
+    np.testing.assert_allclose(imagined.deterministic[:, 0], posterior.deterministic[:, 1], atol=1e-5)
+    np.testing.assert_allclose(imagined.robot[:, 0], expected[:, 1], atol=1e-5)  # one step ahead they agree
+    assert np.abs(imagined.robot[:, 0] - measured[:, 0]).max() > 1e-3  # it moves
+    later = np.array(batch.observation.robot_obs)
+    later[:, 1:] += 0.1
+    changed = batch.replace(observation=batch.observation.replace(robot_obs=later))
+    assert_equal(jax.jit(forward)(weights, changed)[1].robot, imagined.robot)  # imagination sees the first frame alone
+
+
+def test_the_robots_own_state_is_learnt_one_step_ahead_and_in_open_loop():
+    model, batch = make_model(robot_state=True), make_steps()
+    weights = make_state(model).params
+    assert "proprioception_decoder" not in weights
+
+    def errors(weights):
+        metrics = world_model_training.loss(weights, batch, jax.random.key(0), model=model)[1]
+        return jnp.stack([metrics["proprioception"], metrics["open_loop_proprioception"]])
+
+    def still(weights):  # a model that expects no change at all
+        return jax.tree_util.tree_map_with_path(lambda path, x: x * ("robot_out" not in str(path)), weights)
+
+    measured = specs.proprioception(batch.observation.robot_obs)
+    change = 0.5 * np.square(np.diff(measured, axis=1)).sum(-1)
+    found = jax.jit(errors)(still(weights))
+    np.testing.assert_allclose(found[0], change.sum() / (B * T), rtol=1e-5)  # the first frame's error is none
+    steps = model.settings.open_loop_steps
+    segments = np.asarray(measured)[:, : T // steps * steps].reshape(-1, steps, specs.PROPRIOCEPTION_DIM)
+    np.testing.assert_allclose(found[1], 0.5 * np.square(segments[:, 1:] - segments[:, :1]).sum(-1).mean(), rtol=1e-5)
+    gradients = jax.jit(jax.jacrev(errors))(weights)["rssm"]
+    for part in ("robot_in", "robot_out", "gru"):
+        for term in range(2):
+            assert all(jnp.abs(x[term]).sum() > 0 for x in jax.tree.leaves(gradients[part])), (part, term)
 
 
 def test_the_scene_decoder_is_trained_on_filtered_and_on_imagined_features_of_the_mechanisms_alone():

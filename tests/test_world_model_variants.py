@@ -58,7 +58,7 @@ def test_the_robots_own_state_is_measured_while_observing_and_moved_by_what_h_ex
         posterior = world_model.observe(model, weights, embedding, batch.action, jax.random.key(0))
         at = functools.partial(jax.tree.map, lambda x: x[:, 0])
         imagined = world_model.imagine(model, weights, at(posterior), batch.action, jax.random.key(1))
-        return posterior, imagined, world_model.expected_robot(model, weights, posterior)
+        return posterior, imagined, world_model.expected_robot(model, weights, posterior, batch.action)
 
     posterior, imagined, expected = jax.jit(forward)(weights, batch)
     np.testing.assert_allclose(posterior.robot, measured, atol=1e-6)

@@ -174,7 +174,7 @@ def _prior_step(model, params, latent, projected_action, rng) -> LatentState:
         projected_action = projected_action + _rssm(model, params, "project_robot", robot)
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     if robot is not None:
-        robot = robot + _rssm(model, params, "robot_change", hidden)
+        robot = robot + _rssm(model, params, "robot_change", hidden, projected_action)
     logits = _rssm(model, params, "prior_logits", hidden)
     soft = model.settings.soft_prior
     return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, rng), robot)
@@ -238,14 +238,15 @@ def prior_logits(model: WorldModel, params: Params, latent: LatentState) -> Arra
     return _rssm(model, params, "prior_logits", latent.deterministic)
 
 
-def expected_robot(model: WorldModel, params: Params, posterior: LatentState) -> Array | None:
+def expected_robot(model: WorldModel, params: Params, posterior: LatentState, action: Array) -> Array | None:
     """The robot's state as each h expects it from the measured one before, [B, T, P]; a first frame's as measured.
 
     None where the model does not carry it.
     """
     if posterior.robot is None:
         return None
-    change = _rssm(model, params, "robot_change", posterior.deterministic[:, 1:])
+    projected_action = _project_action(model, params, action[:, :-1], posterior.robot[:, :-1])
+    change = _rssm(model, params, "robot_change", posterior.deterministic[:, 1:], projected_action)
     return jnp.concatenate([posterior.robot[:, :1], posterior.robot[:, :-1] + change], axis=1)
 
 

@@ -78,7 +78,7 @@ def loss(params: Params, batch: StepBatch, rng: Array, *, model: WorldModel) -> 
             shuffled=settings.action_target == "shuffled",
         )
         weights["inverse_dynamics"] = settings.action_weight
-    expected_robot = world_model.expected_robot(model, params, posterior)
+    expected_robot = world_model.expected_robot(model, params, posterior, batch.action)
     for name, error in _state_errors(model, params, features, expected_robot, batch.observation).items():
         terms[name], weights[name] = error, settings[f"{name}_weight"]
     if settings.open_loop_weight:

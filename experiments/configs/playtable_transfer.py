@@ -16,7 +16,9 @@ def get_config(method: str = "wam") -> ConfigDict:
     """What two CPU cores train in hours for three seeds of two methods."""
     config = quickstart.get_config(method)
     config.dataset.update(play_episodes=1024, validation_episodes=32, demonstrations_per_task=8, cache="mmap")
-    config.world_model.update(kl_weight=3.0, robot_state=True, window_length=24, num_steps=4800)
+    config.world_model.update(
+        kl_weight=3.0, robot_state=True, proprioception_weight=3e4, window_length=24, num_steps=4800
+    )
     config.ppo.update(
         num_iterations=50,
         num_rollouts=48,

@@ -7,7 +7,8 @@
 With `robot_state` (ours) the robot's proprioception p is part of the state: measured while observing, in imagination
 moved by what h expects of the action. The hand's place then needs no categoricals, which hold it to a few centimetres.
 
-    h_t = GRU(h_{t-1}, ELU(LN(W_z z_{t-1} + W_a a_{t-1} + W_p p_{t-1}))),   p_t = p_{t-1} + 0.1 MLP(h_t) in imagination
+    h_t = GRU(h_{t-1}, ELU(LN(W_z z_{t-1} + W_a a_{t-1} + W_p p_{t-1})))
+    p_t = p_{t-1} + 0.1 MLP([h_t; W_a a_{t-1} + W_p p_{t-1}])   in imagination
 
 The products that do not depend on the recurrence (W_a a and W_e e) are methods of their own, so that callers compute
 them for all time steps in one matrix product outside the scan.
@@ -138,9 +139,9 @@ class RSSM(nn.Module):
         """W_p p: [..., P] -> [..., hidden]."""
         return self.robot_in(robot)
 
-    def robot_change(self, deterministic: Array) -> Array:
-        """What h_t [..., D] expects of p_t - p_{t-1}: float32 [..., P]."""
-        return ROBOT_CHANGE * self.robot_out(deterministic)
+    def robot_change(self, deterministic: Array, projected_action: Array) -> Array:
+        """p_t - p_{t-1} as h_t [..., D] and W_a a_{t-1} + W_p p_{t-1} [..., hidden] expect it: float32 [..., P]."""
+        return ROBOT_CHANGE * self.robot_out(jnp.concatenate([deterministic, projected_action], axis=-1))
 
     def project_embedding(self, embedding: Array) -> Array:
         """W_e e: [..., E] -> [..., hidden]."""
@@ -171,5 +172,5 @@ class RSSM(nn.Module):
             projected = projected + self.project_robot(state.robot)
         hidden = self.recurrent(state.deterministic, state.stochastic, projected)
         if self.robot_dim:
-            self.robot_change(hidden)
+            self.robot_change(hidden, projected)
         return self.prior_logits(hidden) + self.posterior_logits(hidden, self.project_embedding(embedding))

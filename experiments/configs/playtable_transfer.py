@@ -17,7 +17,12 @@ def get_config(method: str = "wam") -> ConfigDict:
     config = quickstart.get_config(method)
     config.dataset.update(play_episodes=1024, validation_episodes=32, demonstrations_per_task=8, cache="mmap")
     config.world_model.update(
-        kl_weight=3.0, robot_state=True, proprioception_weight=3e4, window_length=24, num_steps=4800
+        kl_weight=3.0,
+        robot_state=True,
+        proprioception_weight=1e4,
+        open_loop_steps=12,
+        window_length=24,
+        num_steps=4800,
     )
     config.ppo.update(
         num_iterations=50,

@@ -244,7 +244,8 @@ def _trust(config, workdir: str, options: Options, task: str, rewards: Params) -
     """The first demonstrations, and as many attempts of play and of its validation split, from their first frames."""
     model, params = train_world_model.load(config, workdir)
     sources = {"demonstrations": train_policy.encode_demonstrations(config, workdir)[task]}
-    sources |= {split: train_reward.encode_attempts(config, workdir, split)[task] for split in ("train", "validation")}
+    for split in ("train", "validation"):
+        sources |= {split: train_reward.encode_attempts(config, workdir, split, [task])[task]}
     judging = {
         "reward_rule": finetune_policy.imagination_functions(config, model)["reward_rule"],
         "reward_params": rewards,

@@ -155,7 +155,7 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
     if settings.starts in ("demonstrations", "both"):
         _extend(encoded, episodes, train_policy.encode_demonstrations(config, workdir)[task])
     if settings.starts in ("play", "both"):
-        _extend(encoded, episodes, train_reward.encode_attempts(config, workdir, "train")[task])
+        _extend(encoded, episodes, train_reward.encode_attempts(config, workdir, "train", [task])[task])
     if not encoded:
         raise ValueError(
             f"config.ppo.starts={settings.starts!r}, but {launch.play_directory(config, workdir)} holds no annotated "

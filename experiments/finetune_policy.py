@@ -100,7 +100,8 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
 
 def _in_environment(config, workdir: str, base_policies: dict[str, Params], *, settings, arguments: dict) -> None:
     devices = arguments["devices"]
-    updates = environment_updates(config, simulators.make(config), *train_world_model.load(config, workdir), devices)
+    environment = simulators.make(config, random_starts=True)  # given ones are the evaluation's
+    updates = environment_updates(config, environment, *train_world_model.load(config, workdir), devices)
     for task, base in base_policies.items():
         bank = training.repeat(parallel.replicate(jax.tree.map(lambda x: x[None], base), devices))
         state, seed = initial_state(config, task, base), config.seed + specs.task_index(task)

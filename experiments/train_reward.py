@@ -73,7 +73,8 @@ def run(config, workdir: str) -> None:
             devices=devices,
         )
         quality[task] = _quality(state.params, bank, held_out[task], settings)
-        write_quality(workdir, quality)
+        if parallel.is_first_process():
+            write_quality(workdir, quality)
 
 
 def stage(task: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import finetune_policy, train_policy, train_reward, train_world_model
-from wam_jax import datasets, latents, rlds, specs
+from wam_jax import datasets, latents, parallel, rlds, specs, training
 
 quick_compilation = helpers.quick_compilation
 TASKS = ("turn_on_led", "open_drawer")
@@ -128,3 +128,17 @@ def test_play_without_an_attempt_is_named(recorded, monkeypatch, tmp_path):
     monkeypatch.setattr(train_reward, "encode_attempts", lambda *_: {TASKS[0]: ([], [])})
     with pytest.raises(ValueError, match="config.ppo.starts='play', but .* no annotated attempt at turn_on_led; take"):
         start(tmp_path, starts="play")
+
+
+def test_of_several_processes_one_alone_writes_the_figures(recorded, monkeypatch, tmp_path):
+    config = make_config(**{"ppo.min_trust": 0.5, "tasks": TASKS[:1]})
+    monkeypatch.setattr(train_policy, "load", lambda *_: {})
+    monkeypatch.setattr(train_reward, "load", lambda *_: np.float32(0.5))
+    monkeypatch.setattr(finetune_policy, "initial_state", lambda *_: {})
+    monkeypatch.setattr(training, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(parallel, "is_first_process", lambda: False)
+    finetune_policy.run(config, str(tmp_path))
+    assert finetune_policy.read_trust(str(tmp_path)) == {}
+    monkeypatch.setattr(parallel, "is_first_process", lambda: True)
+    finetune_policy.run(config, str(tmp_path))
+    assert finetune_policy.read_trust(str(tmp_path))[TASKS[0]]["trusted"]

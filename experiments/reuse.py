@@ -5,8 +5,8 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from experiments import config_values
-from wam_jax import json_files, metrics
+from experiments import config_values, launch
+from wam_jax import json_files, metrics, shards
 
 # What each part of a workdir depends on: other parts, and keys or sections of the config.
 _PARTS = {
@@ -72,6 +72,8 @@ def _depends(part: str, key: str) -> bool:
 
 def _names(part: str, config, source: str) -> Iterator[str]:
     """The folders and files of a part that the other run has, relative to its workdir."""
+    if part == "demonstrations" and not _demonstrates(config, source):
+        return iter(())
     names = {
         "play": [f"data/{config.environment}_play"],
         "demonstrations": [f"data/{config.environment}_demonstrations"],
@@ -82,6 +84,18 @@ def _names(part: str, config, source: str) -> Iterator[str]:
         "evaluation": ["evaluation/bc.json", "evaluation/bc.episodes.json"],
     }[part]
     return (name for name in names if os.path.exists(os.path.join(source, name)))
+
+
+def _demonstrates(config, source: str) -> bool:
+    """Whether the other run collected demonstrations of this config's tasks; a finished dataset may hold more."""
+    directory = launch.collected_directory(config, source, "demonstrations")
+    path = os.path.join(directory, shards.PLAN_FILE)
+    if not os.path.exists(path):
+        return False
+    held = json_files.read(path, f"delete {directory} and collect again")["tasks"]
+    if os.path.exists(os.path.join(directory, shards.INFO_FILE)):
+        return {*config.tasks} <= {*held}
+    return list(config.tasks) == held
 
 
 def _copy(source: str, target: str) -> None:

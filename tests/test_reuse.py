@@ -2,14 +2,16 @@
 
 import json
 import os
+from unittest import mock
 
 import helpers
 import pytest
 
-from experiments import reuse
-from wam_jax import json_files, metrics
+from experiments import collect_playtable, reuse
+from wam_jax import json_files, metrics, rlds, shards
 
 TASK = "open_drawer"
+TASKS = (TASK, "close_drawer")
 DATA = {"data/playtable_play", "data/playtable_demonstrations"}
 LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", f"ppo/{TASK}"}
 EVALUATION = {"evaluation/bc.json", "evaluation/bc.episodes.json"}
@@ -32,6 +34,8 @@ def source(tmp_path):
     (folder / "evaluation").mkdir()
     for name in ("reward/quality.json", *EVALUATION):
         (folder / name).write_text("{}")
+    plan = folder / "data/playtable_demonstrations/plan.json"
+    plan.write_text(json.dumps({"tasks": [TASK]}))
     (folder / "config.json").write_text(make_config().to_json_best_effort())
     rows = [{"stage": stage, "step": 4, "loss": 0.5} for stage in ("world_model", f"ppo/{TASK}")]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,7 +55,7 @@ def source(tmp_path):
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
         ({"seed": 1}, set()),
-        ({"tasks": ("turn_on_led",)}, {*DATA, "world_model", "reward/quality.json", *EVALUATION}),
+        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model", "reward/quality.json", *EVALUATION}),
     ],
 )
 def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expected):
@@ -64,6 +68,58 @@ def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expect
     assert json_files.read(str(workdir / "reused.json"), "") == dict.fromkeys(expected, str(source))
     for stage in ("world_model", f"ppo/{TASK}"):
         assert bool(metrics.read(str(workdir), stage)) == (stage in expected)
+
+
+def collect(config, workdir):
+    """Collects into a workdir; returns the tasks that were demonstrated for it."""
+    shown = []
+
+    def demonstrations(seed, task, count):
+        shown.append(task)
+        for number in range(count):
+            yield rlds.Episode(helpers.make_steps(seed + number, (9,)), source="test", episode_id=f"{task}-{number}")
+
+    def play(rng, size, steps, name):
+        for number in range(size):
+            yield rlds.Episode(helpers.make_steps(number, (9,)), source="test", episode_id=f"{name}-{number}")
+
+    with (
+        mock.patch.object(collect_playtable, "_demonstrations", demonstrations),
+        mock.patch.object(collect_playtable, "_play_episodes", play),
+    ):
+        collect_playtable.run(config, str(workdir))
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (TASKS, []),
+        (TASKS[::-1], []),
+        (TASKS[1:], []),  # of more tasks than are needed
+        ((*TASKS, "turn_on_led"), [*TASKS, "turn_on_led"]),  # of fewer: collected anew
+    ],
+)
+def test_collection_goes_on_with_demonstrations_that_were_taken_over(tmp_path, tasks, expected):
+    first, second = (make_config(**{"tasks": t, "dataset.demonstrations_per_task": 2}) for t in (TASKS, tasks))
+    collect(first, tmp_path / "first")
+    (tmp_path / "first/config.json").write_text(first.to_json_best_effort())
+    taken = reuse.take_over(second, str(tmp_path / "second"), str(tmp_path / "first"))
+    assert ("data/playtable_demonstrations" in taken) == (not expected) and "data/playtable_play" in taken
+    assert collect(second, tmp_path / "second") == expected
+    assert collect(second, tmp_path / "second") == []
+
+
+def test_demonstrations_under_way_serve_the_same_tasks_alone(tmp_path):
+    first = make_config(tasks=TASKS)
+    collect(first, tmp_path / "first")
+    (tmp_path / "first/config.json").write_text(first.to_json_best_effort())
+    (tmp_path / "first/data/playtable_demonstrations" / shards.INFO_FILE).unlink()
+    for tasks in (TASKS, TASKS[1:]):
+        workdir = tmp_path / str(len(tasks))
+        taken = reuse.take_over(make_config(tasks=tasks), str(workdir), str(tmp_path / "first"))
+        assert ("data/playtable_demonstrations" in taken) == (tasks == TASKS)
+        collect(make_config(tasks=tasks), workdir)
 
 
 def test_what_the_run_has_already_stays(source, tmp_path):

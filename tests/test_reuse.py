@@ -7,8 +7,8 @@ from unittest import mock
 import helpers
 import pytest
 
-from experiments import collect_playtable, reuse
-from wam_jax import json_files, metrics, rlds, shards
+from experiments import collect_playtable, reuse, train_reward
+from wam_jax import json_files, metrics, rlds, shards, tables
 
 TASK = "open_drawer"
 TASKS = (TASK, "close_drawer")
@@ -32,8 +32,12 @@ def source(tmp_path):
         (folder / name / "4").mkdir(parents=True)
         (folder / name / "4" / "file").write_text(name)
     (folder / "evaluation").mkdir()
-    for name in ("reward/quality.json", *EVALUATION):
-        (folder / name).write_text("{}")
+    json_files.write(folder / "reward/quality.json", {task: {"train": {}} for task in TASKS})
+    fixed = dict(environment="playtable", method="wam", stage="bc", imagined_success=0.5, seed=0)
+    rows = [tables.make_row(task=task, successes=1, episodes=2, **fixed) for task in TASKS]
+    tables.save(str(folder / "evaluation/bc.json"), rows)
+    episodes = [tables.Episode(task, number, bool(number), 12) for number in range(2) for task in TASKS]
+    tables.save(str(folder / "evaluation/bc.episodes.json"), episodes)
     plan = folder / "data/playtable_demonstrations/plan.json"
     plan.write_text(json.dumps({"tasks": [TASK]}))
     (folder / "config.json").write_text(make_config().to_json_best_effort())
@@ -55,7 +59,7 @@ def source(tmp_path):
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
         ({"seed": 1}, set()),
-        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model", "reward/quality.json", *EVALUATION}),
+        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model"}),
     ],
 )
 def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expected):
@@ -68,6 +72,17 @@ def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expect
     assert json_files.read(str(workdir / "reused.json"), "") == dict.fromkeys(expected, str(source))
     for stage in ("world_model", f"ppo/{TASK}"):
         assert bool(metrics.read(str(workdir), stage)) == (stage in expected)
+
+
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[1:], (TASK, "turn_on_led")])
+def test_rows_of_the_tasks_of_the_config_are_taken_over_and_no_others(source, tmp_path, tasks):
+    workdir, expected = str(tmp_path / "run"), [task for task in TASKS if task in tasks]
+    reuse.take_over(make_config(tasks=tasks), workdir, str(source))
+    rows, before = (tables.load(f"{folder}/evaluation/bc.json") for folder in (workdir, source))
+    assert rows == [row for row in before if row.task in tasks] and [row.task for row in rows] == expected
+    episodes = tables.load_episodes(f"{workdir}/evaluation/bc.episodes.json")
+    assert [(e.task, e.number) for e in episodes] == [(task, number) for number in range(2) for task in expected]
+    assert list(train_reward.read_quality(workdir)) == expected
 
 
 def collect(config, workdir):

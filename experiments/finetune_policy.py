@@ -197,6 +197,23 @@ def read_trust(workdir: str) -> dict[str, Any]:
     return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
 
 
+def keeps_cloned(config, workdir: str, task: str) -> bool:
+    """Whether a task's fine-tuned policy is the cloned one, because imagination is not trusted.
+
+    Raises:
+      ValueError: nothing says so.
+    """
+    if not config.ppo.min_trust:
+        return False
+    verdicts = read_trust(workdir)
+    if "trusted" not in verdicts.get(task, {}):
+        raise ValueError(
+            f"{_trust_path(workdir)} has no verdict on {task}, though config.ppo.min_trust={config.ppo.min_trust}; "
+            f"delete {workdir}/{stage(task)} and run experiments.finetune_policy again"
+        )
+    return not verdicts[task]["trusted"]
+
+
 def _trust_path(workdir: str) -> str:
     return os.path.join(workdir, "ppo", "trust.json")
 

@@ -81,7 +81,7 @@ def _names(part: str, config, source: str) -> Iterator[str]:
         "world_model": ["world_model"],
         "policy": [f"policy/{task}" for task in config.tasks],
         "reward": [*(f"reward/{task}" for task in config.tasks), "reward/quality.json"],
-        "ppo": [f"ppo/{task}" for task in config.tasks],
+        "ppo": [*(f"ppo/{task}" for task in config.tasks), "ppo/trust.json"],
         "evaluation": ["evaluation/bc.json", "evaluation/bc.episodes.json"],
     }[part]
     paths = {name: os.path.join(source, name) for name in names}

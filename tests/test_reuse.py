@@ -7,13 +7,14 @@ from unittest import mock
 import helpers
 import pytest
 
-from experiments import collect_playtable, reuse, train_reward
+from experiments import collect_playtable, finetune_policy, reuse, train_reward
 from wam_jax import json_files, metrics, rlds, shards, tables
 
 TASK = "open_drawer"
 TASKS = (TASK, "close_drawer")
 DATA = {"data/playtable_play", "data/playtable_demonstrations"}
-LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", f"ppo/{TASK}"}
+PPO = {f"ppo/{TASK}", "ppo/trust.json"}
+LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", *PPO}
 EVALUATION = {"evaluation/bc.json", "evaluation/bc.episodes.json"}
 
 
@@ -32,6 +33,7 @@ def source(tmp_path):
         (folder / name / "4").mkdir(parents=True)
         (folder / name / "4" / "file").write_text(name)
     (folder / "evaluation").mkdir()
+    json_files.write(folder / "ppo/trust.json", {task: {"trusted": True} for task in TASKS})
     json_files.write(folder / "reward/quality.json", {task: {"train": {}} for task in TASKS})
     fixed = dict(environment="playtable", method="wam", stage="bc", imagined_success=0.5, seed=0)
     rows = [tables.make_row(task=task, successes=1, episodes=2, **fixed) for task in TASKS]
@@ -51,10 +53,10 @@ def source(tmp_path):
     [
         ({}, {*DATA, "world_model", *LATER, *EVALUATION}),
         ({"ppo.save_every": 3, "num_devices": 2}, {*DATA, "world_model", *LATER, *EVALUATION}),
-        ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - {f"ppo/{TASK}"}),
+        ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - PPO),
         ({"reward.threshold": 0.7}, {*DATA, "world_model", f"policy/{TASK}"}),
         ({"policy.learning_rate": 0.1}, {*DATA, "world_model", f"reward/{TASK}", "reward/quality.json"}),
-        ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - {f"ppo/{TASK}"}),
+        ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - PPO),
         ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model"}),
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
@@ -82,7 +84,7 @@ def test_rows_of_the_tasks_of_the_config_are_taken_over_and_no_others(source, tm
     assert rows == [row for row in before if row.task in tasks] and [row.task for row in rows] == expected
     episodes = tables.load_episodes(f"{workdir}/evaluation/bc.episodes.json")
     assert [(e.task, e.number) for e in episodes] == [(task, number) for number in range(2) for task in expected]
-    assert list(train_reward.read_quality(workdir)) == expected
+    assert list(train_reward.read_quality(workdir)) == list(finetune_policy.read_trust(workdir)) == expected
 
 
 def collect(config, workdir):

@@ -180,6 +180,15 @@ def test_training_never_meets_the_starts_that_are_given_for_evaluation(given, mo
         ({"rollouts": "dream"}, "config.ppo.rollouts='dream'; expected one of imagination, environment"),
         ({"starts": "random"}, "config.ppo.starts='random'; expected one of demonstrations, play, both"),
         ({"rollouts": "environment", "updates_per_call": 2}, "config.ppo.updates_per_call=2, but rollouts of the env"),
+        (
+            {"rollouts": "environment", "starts": "play"},
+            "config.ppo.starts='play' is about imagination, .* take 'demonst",
+        ),
+        ({"rollouts": "environment", "min_trust": 0.5}, "config.ppo.min_trust=0.5 is about imagination, .*; take 0.0"),
+        (
+            {"rollouts": "environment", "min_start_step": 1},
+            "config.ppo.min_start_step=1 is about imagination, .*; take 0",
+        ),
         ({"min_start_step": 9}, "config.ppo.min_start_step=9 exceeds max_start_step=8"),
     ],
 )

@@ -184,7 +184,7 @@ def _collect(
     plan = {**plan, "pictures": recorder.pictures, "actions": recorder.actions}
     spec, notes = recorder.dataset_spec(name), Path(directory) / NOTES_FILE
     if (Path(directory) / shards.INFO_FILE).exists():
-        shards.start_dataset(directory, plan)  # compares the plans
+        shards.start_dataset(directory, plan, may_hold_more=("tasks",))  # compares the plans
         if not notes.exists():  # killed after its last shard
             _write_notes(directory, recorder)
         return

@@ -57,7 +57,7 @@ def collect_demonstrations(directory: str, config) -> None:
     """Writes one shard of successful demonstrations for each of the config's tasks."""
     count, tasks = config.dataset.demonstrations_per_task, list(config.tasks)
     plan = {"kind": "demonstrations", "seed": config.seed, "per_task": count, "tasks": tasks}
-    if shards.start_dataset(directory, plan):
+    if shards.start_dataset(directory, plan, may_hold_more=("tasks",)):
         return
     spec = rlds.DatasetSpec(
         launch.dataset_name(config, "demonstrations"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2

@@ -160,6 +160,13 @@ def _check_rollouts(settings: ConfigDict) -> None:
             f"config.ppo.min_start_step={settings.min_start_step} exceeds max_start_step={settings.max_start_step}"
         )
     if settings.rollouts == "environment":
+        # max_start_step has no effect either, but configs set it, and their rollouts are to be one value to change
+        for key, value in (("starts", "demonstrations"), ("min_start_step", 0), ("min_trust", 0.0)):
+            if settings[key] != value:
+                raise ValueError(
+                    f"config.ppo.{key}={settings[key]!r} is about imagination; ppo.rollouts='environment' has none, "
+                    f"take {value!r}"
+                )
         for key in ("updates_per_call", "tasks_at_once"):
             if settings[key] != 1:
                 raise ValueError(

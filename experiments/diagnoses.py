@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from experiments import evaluate, finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
-from wam_jax import calibration, datasets, evaluation, latents, open_loop, probes, replay, trust, world_model
+from wam_jax import calibration, datasets, evaluation, open_loop, probes, replay, trust, world_model
 from wam_jax.calibration import Point
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.evaluation import LatentPolicy
@@ -201,20 +201,23 @@ def _calibrate(
         evaluation.rollout(environment, policy, task, rng, numbers=batch, max_steps=config.evaluation.max_steps)
         for batch in evaluate.batches(range(episodes), config.evaluation.batch_size)
     ]
-    starts = {
-        "demonstrations": _demonstrated_starts(config, workdir, task),
-        "imagined_real": evaluate.start_latents(changed, environment, policy, task),
-    }
-    imagined = {
-        name: round(evaluate.imagined_success(changed, trained, bank) * episodes) for name, bank in starts.items()
-    }
     successes = sum(int(batch.success.sum()) for batch in real)
-    return dataclasses.asdict(Point(task, candidate.name, episodes, successes, **imagined))
+
+    def imagined(bank: LatentState) -> int:
+        return round(evaluate.imagined_success(changed, trained, bank) * episodes)
+
+    bank = _ppo_starts(config, workdir, task)
+    point = Point(
+        task, candidate.name, episodes, successes,
+        demonstrations=None if bank is None else imagined(bank),
+        imagined_real=imagined(evaluate.start_latents(changed, environment, policy, task)),
+    )  # fmt: skip
+    return dataclasses.asdict(point)
 
 
-def _demonstrated_starts(config, workdir: str, task: str) -> LatentState:
-    encoded = train_policy.encode_demonstrations(config, workdir)[task][0]
-    return latents.start_bank(encoded, config.ppo.min_start_step, config.ppo.max_start_step)
+@functools.lru_cache(maxsize=1)  # a task's policies come one after another
+def _ppo_starts(config, workdir: str, task: str) -> LatentState | None:
+    return finetune_policy.start_bank(config, workdir, task, train_reward.load(config, workdir, task))[0]
 
 
 def _record(config, workdir: str, options: Options, task: str, candidate: Candidate) -> tuple[Windows, np.ndarray]:
@@ -244,7 +247,8 @@ def _trust(config, workdir: str, options: Options, task: str, rewards: Params) -
     """The first demonstrations, and as many attempts of play and of its validation split, from their first frames."""
     model, params = train_world_model.load(config, workdir)
     sources = {"demonstrations": train_policy.encode_demonstrations(config, workdir)[task]}
-    sources |= {split: train_reward.encode_attempts(config, workdir, split)[task] for split in ("train", "validation")}
+    for split in ("train", "validation"):
+        sources |= {split: train_reward.encode_attempts(config, workdir, split, [task])[task]}
     judging = {
         "reward_rule": finetune_policy.imagination_functions(config, model)["reward_rule"],
         "reward_params": rewards,

@@ -15,7 +15,7 @@ from wam_jax import intervals, json_files
 from wam_jax.calibration import STARTS, Point, rates
 
 _TITLES = {
-    "demonstrations": "imagined from demonstrations' first frames, as PPO does",
+    "demonstrations": "imagined from PPO's starts",
     "real": "imagined from the real episodes' starts",
 }
 _MARKERS = {"bc": "o", "ppo": "s", " x ": "^", "noise": "x"}  # by what the policy's name holds; the last counts
@@ -76,10 +76,12 @@ def _calibration(record: dict[str, Any]):
     for axis, starts in zip(axes, STARTS, strict=True):
         axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
         for point in points:
-            _calibration_point(axis, point, starts, f"C{tasks.index(point.task)}")
-        all_points = record["summary"][starts]["all"]
+            if both := rates(point, starts):
+                _calibration_point(axis, point, both, f"C{tasks.index(point.task)}")
+        figures = record["summary"].get(starts)
         axis.set(
-            title=f"{_TITLES[starts]}\nPearson {diagnosis_tables.interval(all_points['pearson'])}",
+            title=f"{_TITLES[starts]}\n"
+            + (f"Pearson {diagnosis_tables.interval(figures['all']['pearson'])}" if figures else "there are none"),
             xlabel="success imagined", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
         )  # fmt: skip
     axes[0].set_ylabel("success outside")
@@ -91,8 +93,8 @@ def _calibration(record: dict[str, Any]):
     return figure
 
 
-def _calibration_point(axis, point: Point, starts: str, colour: str) -> None:
-    x, y = rates(point, starts)
+def _calibration_point(axis, point: Point, both: tuple[float, float], colour: str) -> None:
+    x, y = both
     spans = [intervals.wilson(round(rate * point.episodes), point.episodes) for rate in (x, y)]
     marker = [mark for name, mark in _MARKERS.items() if name in point.policy][-1]
     (x_low, x_high), (y_low, y_high) = spans

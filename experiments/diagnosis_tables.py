@@ -6,7 +6,7 @@ from typing import Any
 from wam_jax.replay import PARTING
 
 TRUST_SOURCES = {"demonstrations": "demonstrations", "train": "play", "validation": "play, held out"}
-_STARTS = {"demonstrations": "demonstrations' first frames", "real": "the real episodes' starts"}
+_STARTS = {"demonstrations": "PPO's starts", "real": "the real episodes' starts"}
 
 
 def summary(records: dict[str, dict[str, Any]], left_out: dict[str, str]) -> str:
@@ -42,12 +42,13 @@ def _ladder(records: dict[str, dict[str, Any]]) -> str:
     if not names:
         return ""
     header = ["task / policy", "real", "rule, real frames", "rule, same actions imagined", "imagined, real starts",
-              "imagined, demonstrations' starts"]  # fmt: skip
+              "imagined, PPO's starts"]  # fmt: skip
     rows = []
     for name in names:
         replay, point = replays[name], points[name]
         counts = [replay[key] / replay["episodes"] for key in ("real", "rule_on_real_frames", "rule_on_imagination")]
-        counts += [point[key] / point["episodes"] for key in ("imagined_real", "demonstrations")]
+        known = [point[key] for key in ("imagined_real", "demonstrations")]
+        counts += [None if count is None else count / point["episodes"] for count in known]
         rows.append([name, *(_percent(count) for count in counts)])
     return "\n\n".join(
         [
@@ -88,7 +89,10 @@ def _calibration(record: dict[str, Any]) -> str:
         f"{settings['start_seed']}, which are not the evaluation's. ![scatter](calibration.png)",
     ]
     for starts, text in _STARTS.items():
-        figures = record["summary"][starts]
+        figures = record["summary"].get(starts)
+        if not figures:
+            lines += [f"### Imagined from {text}", "There are none: imagination is trusted in no task (ppo.min_trust)."]
+            continue
         scopes = {"all points": figures["all"], "within tasks": figures["within_tasks"]} | figures["tasks"]
         rows = [
             [scope, str(of["points"]), interval(of["pearson"]), interval(of["spearman"])]

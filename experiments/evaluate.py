@@ -10,6 +10,7 @@ python -m experiments.evaluate --environment=calvin --policy=expert --calvin_ass
     --starts=eval_starts.npz --workdir=runs/calvin_expert
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,7 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
     missing = [task for task in config.tasks if task not in done]
     # Whatever is missing or does not fit is named before any work.
     trained = {task: None if stage == "expert" else load(config, workdir, stage, task) for task in missing}
+    untrained = {task for task in missing if stage == "ppo" and finetune_policy.keeps_cloned(config, workdir, task)}
     environment = simulators.make(config, pictures=stage != "expert" or films > 0)
     simulators.check_starts(environment, config.tasks, config.evaluation.num_episodes)
     _check_simulator(
@@ -55,6 +57,7 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
         policy = make_policy(config, environment, trained[task])
         episodes = _play(config, workdir, stage, task, environment, policy, films)
         row = _row(config, stage, task, environment, policy, trained[task], episodes)
+        row = dataclasses.replace(row, untrained=task in untrained)
         rows = [other for other in rows if other.task != task] + [row]  # one of fewer episodes stays until now
         tables.save(path, rows)
     return write_table(workdir)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,13 +72,11 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
         parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
     )
     rewards = {task: train_reward.load(config, workdir, task) for task in base_policies}  # what is missing is named now
-    starts = {task: start_bank(config, workdir, task, rewards[task]) for task in base_policies}
     inputs = {
         task: imagination.ImaginationInputs(bank, world_model_params, rewards[task], base_policies[task])
-        for task, bank in starts.items()
-        if bank is not None
+        for task, bank in _trusted_starts(config, workdir, rewards).items()
     }
-    for task in starts.keys() - inputs.keys():
+    for task in base_policies.keys() - inputs.keys():
         print(
             f"{task}: imagination is not trusted, the cloned policy stays (ppo.min_trust; ppo/trust.json)", flush=True
         )
@@ -100,7 +99,8 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
 
 def _in_environment(config, workdir: str, base_policies: dict[str, Params], *, settings, arguments: dict) -> None:
     devices = arguments["devices"]
-    updates = environment_updates(config, simulators.make(config), *train_world_model.load(config, workdir), devices)
+    environment = simulators.make(config, random_starts=True)  # given ones are the evaluation's
+    updates = environment_updates(config, environment, *train_world_model.load(config, workdir), devices)
     for task, base in base_policies.items():
         bank = training.repeat(parallel.replicate(jax.tree.map(lambda x: x[None], base), devices))
         state, seed = initial_state(config, task, base), config.seed + specs.task_index(task)
@@ -140,11 +140,15 @@ def environment_updates(
     return run
 
 
-def start_bank(config, workdir: str, task: str, reward_params: Params) -> LatentState | None:
+def start_bank(config, workdir: str, task: str, reward_params: Params) -> tuple[LatentState | None, dict[str, Any]]:
     """The latents that imagination starts from, of demonstrations or of play's attempts at the task, or both.
 
     With `ppo.min_trust` above 0 only those from which imagination, under the recorded actions, comes to the recorded
-    end; None where they are a smaller share than that. `ppo/trust.json` gets the figures.
+    end; none at all where it does so for a smaller share than that of the successes, or of the failures.
+
+    Returns:
+      the bank, None where imagination is not trusted; and the figures of `trust.agreement` with the verdict `trusted`,
+      {} where nothing is judged.
 
     Raises:
       ValueError: there is no recorded attempt.
@@ -155,7 +159,7 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
     if settings.starts in ("demonstrations", "both"):
         _extend(encoded, episodes, train_policy.encode_demonstrations(config, workdir)[task])
     if settings.starts in ("play", "both"):
-        _extend(encoded, episodes, train_reward.encode_attempts(config, workdir, "train")[task])
+        _extend(encoded, episodes, train_reward.encode_attempts(config, workdir, "train", [task])[task])
     if not encoded:
         raise ValueError(
             f"config.ppo.starts={settings.starts!r}, but {launch.play_directory(config, workdir)} holds no annotated "
@@ -163,18 +167,55 @@ def start_bank(config, workdir: str, task: str, reward_params: Params) -> Latent
         )
     first, last = settings.min_start_step, settings.max_start_step
     if not settings.min_trust:
-        return latents.start_bank(encoded, first, last)
+        return latents.start_bank(encoded, first, last), {}
     model, params = train_world_model.load(config, workdir)
     bank, verdicts = trust.start_bank(
         model, params, encoded, episodes, jax.random.key(config.seed), first, last,
         reward_rule=imagination_functions(config, model)["reward_rule"], reward_params=reward_params,
         policy_settings=train_policy.policy_settings(config),
     )  # fmt: skip
-    path = os.path.join(workdir, "ppo", "trust.json")
-    found = json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
-    agreement = trust.agreement(verdicts)
-    json_files.write(path, {**found, task: agreement})
-    return bank if agreement["share"] >= settings.min_trust else None
+    figures = trust.agreement(verdicts)
+    trusted = figures["trust"] >= settings.min_trust
+    return bank if trusted else None, {"trusted": trusted, **figures}
+
+
+def _trusted_starts(config, workdir: str, rewards: dict[str, Params]) -> dict[str, LatentState]:
+    """The banks of the tasks whose imagination is trusted; `ppo/trust.json` gets the figures of all that are judged."""
+    banks = {}
+    for task, reward_params in rewards.items():
+        bank, figures = start_bank(config, workdir, task, reward_params)
+        if figures and parallel.is_first_process():
+            json_files.write(_trust_path(workdir), {**read_trust(workdir), task: figures})
+        if bank is not None:
+            banks[task] = bank
+    return banks
+
+
+def read_trust(workdir: str) -> dict[str, Any]:
+    """Of each task that was judged the figures of `start_bank`; {} where none was."""
+    path = _trust_path(workdir)
+    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+
+
+def keeps_cloned(config, workdir: str, task: str) -> bool:
+    """Whether a task's fine-tuned policy is the cloned one, because imagination is not trusted.
+
+    Raises:
+      ValueError: nothing says so.
+    """
+    if not config.ppo.min_trust:
+        return False
+    verdicts = read_trust(workdir)
+    if "trusted" not in verdicts.get(task, {}):
+        raise ValueError(
+            f"{_trust_path(workdir)} has no verdict on {task}, though config.ppo.min_trust={config.ppo.min_trust}; "
+            f"delete {workdir}/{stage(task)} and run experiments.finetune_policy again"
+        )
+    return not verdicts[task]["trusted"]
+
+
+def _trust_path(workdir: str) -> str:
+    return os.path.join(workdir, "ppo", "trust.json")
 
 
 def _extend(encoded: list, episodes: list, more: tuple[list[LatentState], list[StepBatch]]) -> None:

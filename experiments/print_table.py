@@ -193,7 +193,8 @@ def _pair(title: str, first: tuple[runs.Group, str], second: tuple[runs.Group, s
         seeds = " and ".join(", ".join(map(str, group.seeds)) for group in (one, other))
         raise ValueError(f"{title}: seeds {seeds}; differences pair equal seeds, so name the same ones of both")
     runs.check_starts(one, other, (first[1], second[1]))
-    return differences.Comparison(title, tuple(one.seeds), runs.outcomes(*first), runs.outcomes(*second))
+    untrained = frozenset(row.task for side in (first, second) for row in runs.stage_rows(*side) if row.untrained)
+    return differences.Comparison(title, tuple(one.seeds), runs.outcomes(*first), runs.outcomes(*second), untrained)
 
 
 if __name__ == "__main__":

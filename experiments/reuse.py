@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from experiments import config_values
-from wam_jax import json_files, metrics
+from experiments import config_values, launch
+from wam_jax import json_files, metrics, shards
 
 # What each part of a workdir depends on: other parts, and keys or sections of the config.
 _PARTS = {
@@ -25,7 +25,8 @@ _PARTS = {
 def take_over(config, workdir: str, source: str) -> list[str]:
     """Copies, as hard links where the file system has them, the parts of another run that this config would repeat.
 
-    A part is taken over where all that it depends on has the same value in both configs, and the workdir has none yet.
+    A part is taken over where all that it depends on has the same value in both configs, and the workdir has none yet;
+    of what is per task, that of this config's tasks.
     `reused.json` says afterwards what came from where.
 
     Args:
@@ -54,7 +55,7 @@ def take_over(config, workdir: str, source: str) -> list[str]:
         if not os.path.exists(os.path.join(workdir, name))
     ]
     for name in taken:
-        _copy(os.path.join(source, name), os.path.join(workdir, name))
+        _copy(os.path.join(source, name), os.path.join(workdir, name), config.tasks)
     if taken:
         _take_metrics(source, workdir, taken)
         note = os.path.join(workdir, "reused.json")
@@ -72,19 +73,35 @@ def _depends(part: str, key: str) -> bool:
 
 def _names(part: str, config, source: str) -> Iterator[str]:
     """The folders and files of a part that the other run has, relative to its workdir."""
+    if part == "demonstrations" and not _demonstrates(config, source):
+        return iter(())
     names = {
         "play": [f"data/{config.environment}_play"],
         "demonstrations": [f"data/{config.environment}_demonstrations"],
         "world_model": ["world_model"],
         "policy": [f"policy/{task}" for task in config.tasks],
         "reward": [*(f"reward/{task}" for task in config.tasks), "reward/quality.json"],
-        "ppo": [f"ppo/{task}" for task in config.tasks],
+        "ppo": [*(f"ppo/{task}" for task in config.tasks), "ppo/trust.json"],
         "evaluation": ["evaluation/bc.json", "evaluation/bc.episodes.json"],
     }[part]
-    return (name for name in names if os.path.exists(os.path.join(source, name)))
+    paths = {name: os.path.join(source, name) for name in names}
+    there = {name: path for name, path in paths.items() if os.path.exists(path)}
+    return (name for name, path in there.items() if os.path.isdir(path) or _of_tasks(path, config.tasks))
 
 
-def _copy(source: str, target: str) -> None:
+def _demonstrates(config, source: str) -> bool:
+    """Whether the other run collected demonstrations of this config's tasks; a finished dataset may hold more."""
+    directory = launch.collected_directory(config, source, "demonstrations")
+    path = os.path.join(directory, shards.PLAN_FILE)
+    if not os.path.exists(path):
+        return False
+    held = json_files.read(path, f"delete {directory} and collect again")["tasks"]
+    if os.path.exists(os.path.join(directory, shards.INFO_FILE)):
+        return {*config.tasks} <= {*held}
+    return list(config.tasks) == held
+
+
+def _copy(source: str, target: str, tasks: Sequence[str]) -> None:
     """Under a temporary name first, so that a run that is cut off here takes nothing by halves."""
     temporary = f"{target}.reused.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -93,8 +110,16 @@ def _copy(source: str, target: str) -> None:
         unfinished = shutil.ignore_patterns("*.orbax-checkpoint-tmp*", "*.tmp")
         shutil.copytree(source, temporary, copy_function=_link, ignore=unfinished)
     else:
-        shutil.copy2(source, temporary)
+        json_files.write(temporary, _of_tasks(source, tasks))
     os.rename(temporary, target)
+
+
+def _of_tasks(path: str, tasks: Sequence[str]) -> list | dict:
+    """What a file with rows or episodes, or with an entry for each task, says of some tasks."""
+    found = json_files.read(path, "delete it; the command that wrote it writes it again")
+    if isinstance(found, dict):
+        return {task: value for task, value in found.items() if task in tasks}
+    return [row for row in found if row["task"] in tasks]
 
 
 def _link(source: str, target: str) -> None:

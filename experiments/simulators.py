@@ -16,12 +16,13 @@ flags.DEFINE_string("calvin_python", "", "CALVIN: Python that has pybullet; empt
 
 
 @functools.lru_cache(maxsize=1)
-def make(config, pictures: bool = True) -> Environment:
+def make(config, pictures: bool = True, random_starts: bool = False) -> Environment:
     """Builds the config's environment, or returns the one that was built last.
 
     Args:
       config: the whole one.
       pictures: False: nobody looks, and nothing is drawn where that costs time.
+      random_starts: True: not those of --starts, which are for evaluation.
 
     Raises:
       ValueError: it cannot run here, and why.
@@ -34,7 +35,7 @@ def make(config, pictures: bool = True) -> Environment:
     return environments.make(
         "calvin",
         **calvin_options(),
-        starts_file=_flag("starts"),
+        starts_file="" if random_starts else _flag("starts"),
         image_size=specs.IMAGE_SIZE if config.dataset.pictures == "drawn" else 0,
         pictures=pictures,
     )

@@ -5,6 +5,7 @@ python -m experiments.train_reward --config=experiments/configs/quickstart.py --
 
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -45,8 +46,8 @@ def run(config, workdir: str) -> None:
     update = functools.partial(success_classifier.update_from_bank, settings=settings, axis_name=parallel.AXIS_NAME)
     compiled = parallel.compile_updates(update, devices, num_updates=settings.updates_per_call)
     demonstrations = train_policy.encode_demonstrations(config, workdir)
-    held_out = encode_attempts(config, workdir, "validation")
-    play = encode_attempts(config, workdir, "train") if settings.use_play else {}
+    held_out = encode_attempts(config, workdir, "validation", tasks)
+    play = encode_attempts(config, workdir, "train", tasks) if settings.use_play else {}
     banks = []
     for task in tasks:
         more_latents, more_episodes = play.get(task, ([], []))
@@ -72,7 +73,8 @@ def run(config, workdir: str) -> None:
             devices=devices,
         )
         quality[task] = _quality(state.params, bank, held_out[task], settings)
-        write_quality(workdir, quality)
+        if parallel.is_first_process():
+            write_quality(workdir, quality)
 
 
 def stage(task: str) -> str:
@@ -92,14 +94,19 @@ def initial_state(config, task: str) -> success_classifier.ClassifierState:
     return success_classifier.init(rng, world_model.feature_dim(config.world_model), reward_settings(config))
 
 
-def encode_attempts(config, workdir: str, split: str) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
-    """The annotated attempts of play at each task, failures among them, and their latents; none without the split."""
+def encode_attempts(
+    config, workdir: str, split: str, tasks: Sequence[str]
+) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
+    """The annotated attempts of play at some tasks, failures among them, and their latents; none without the split.
+
+    Those of all tasks can be gigabytes, and nothing is kept here: who needs them one task after another asks so.
+    """
     model, params = train_world_model.load(config, workdir)
     attempts = datasets.read_attempts(
-        launch.play_directory(config, workdir), split, [specs.task_index(task) for task in config.tasks]
+        launch.play_directory(config, workdir), split, [specs.task_index(task) for task in tasks]
     )
     encoded = {}
-    for task in config.tasks:
+    for task in tasks:
         chosen = attempts[specs.task_index(task)]
         rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
         encoded[task] = latents.encode_episodes(model, params, chosen, rng), chosen

@@ -115,9 +115,9 @@ def config(**changes):
     return FrozenConfigDict(changed)
 
 
-def collect(workdir, **recorder):
+def collect(workdir, settings=None, **recorder):
     recorder = collect_calvin.Recorder(**{"assets": str(ASSETS), "num_workers": 2} | recorder)
-    settings = config()
+    settings = settings or config()
     for key, function in (
         ("play", collect_calvin.collect_play),
         ("demonstrations", collect_calvin.collect_demonstrations),
@@ -170,6 +170,7 @@ def test_the_cost_is_noted(workdir):
 def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(workdir):
     before = {name: path.stat().st_mtime_ns for name, path in written_shards(workdir).items()}
     collect(workdir, assets="no simulator is needed")
+    collect(workdir, config(tasks=SIZES["tasks"][1:]), assets="demonstrations of more tasks serve")
     assert {name: path.stat().st_mtime_ns for name, path in written_shards(workdir).items()} == before
     with pytest.raises(ValueError, match="made with other settings .actions differ"):
         collect(workdir, actions="commanded")

@@ -1,6 +1,8 @@
 """Diagnoses: what is planted is found. The binary is run in test_binaries.py."""
 
+import dataclasses
 import re
+import types
 
 import helpers
 import jax
@@ -9,8 +11,17 @@ import pytest
 import smoke_config
 from ml_collections import FrozenConfigDict
 
-from experiments import diagnose, diagnoses, diagnosis_report
-from wam_jax import calibration, intervals, open_loop, probes, replay, specs
+from experiments import (
+    diagnose,
+    diagnoses,
+    diagnosis_report,
+    evaluate,
+    finetune_policy,
+    simulators,
+    train_reward,
+    train_world_model,
+)
+from wam_jax import calibration, evaluation, intervals, json_files, open_loop, probes, replay, specs
 from wam_jax.calibration import Point
 
 quick_compilation = helpers.quick_compilation
@@ -82,6 +93,55 @@ def test_differences_between_tasks_do_not_count_within_them():
     assert found["within_tasks"]["pearson"]["value"] == pytest.approx(-1)
     flat = calibration.summarise(points([50, 50], [20, 80]))["demonstrations"]["all"]
     assert np.isnan(flat["pearson"]["value"]) and np.isnan(flat["spearman"]["low"])
+
+
+def test_a_task_without_starts_of_ppo_counts_where_it_has_some(tmp_path):
+    known, without = points([10, 50, 90], [20, 40, 80]), points([30, 60], [None, None], task="turn_on_led")
+    counts = []
+    for of in (known + without, without):
+        record = {
+            "settings": {"num_episodes": 100, "start_seed": 2000},
+            "units": {f"{point.task}/{point.policy}": dataclasses.asdict(point) for point in of},
+            "summary": calibration.summarise(of),
+        }
+        json_files.write(tmp_path / "calibration.json", record)
+        diagnosis_report.draw("calibration", record, str(tmp_path / "calibration.png"))
+        summary = diagnosis_report.write_summary(str(tmp_path), {})
+        assert "### Imagined from PPO's starts" in summary
+        assert ("imagination is trusted in no task" in summary) == (of == without)
+        counts.append({starts: figures["all"]["points"] for starts, figures in record["summary"].items()})
+    assert counts == [{"demonstrations": 3, "real": 5}, {"real": 2}]
+
+
+@pytest.mark.parametrize(("bank", "expected"), [("starts of ppo", 3), (None, None)])
+def test_calibration_imagines_from_the_starts_that_ppo_has(monkeypatch, tmp_path, bank, expected):
+    asked = []
+
+    def start_bank(config, workdir, task, reward_params):
+        asked.append((config.ppo.starts, config.ppo.min_trust, task, reward_params))
+        return bank, {}
+
+    config = smoke_config.get_config()
+    config.ppo.update(starts="play", min_trust=0.5)
+    episodes = types.SimpleNamespace(success=np.array([True, False, True, False]))
+    for module, attribute, value in (
+        (finetune_policy, "start_bank", start_bank),
+        (train_world_model, "load", lambda *_: (None, None)),
+        (train_reward, "load", lambda *_: "reward"),
+        (diagnoses, "candidates", lambda *_: [diagnoses.Candidate(name, None) for name in ("bc", "ppo 2")]),
+        (simulators, "make", lambda *_: helpers.Drawer()),
+        (evaluate, "make_policy", lambda *_: None),
+        (evaluate, "start_latents", lambda *_: "real starts"),
+        (evaluate, "imagined_success", lambda config, trained, of: {"real starts": 0.25, bank: 0.75}[of]),
+        (evaluation, "rollout", lambda *_, **__: episodes),
+    ):
+        monkeypatch.setattr(module, attribute, value)
+    options = dataclasses.replace(OPTIONS, num_episodes=4)
+    units = diagnoses.calibration_units(FrozenConfigDict(config), str(tmp_path), options)
+    found = [unit() for unit in units.values()]
+    assert [unit["demonstrations"] for unit in found] == [expected] * 2
+    assert [(unit["real"], unit["imagined_real"]) for unit in found] == [(2, 1)] * 2
+    assert asked == [("play", 0.5, "turn_on_led", "reward")]  # once for all policies
 
 
 def test_policies_lie_on_the_path():

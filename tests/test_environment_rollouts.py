@@ -7,10 +7,20 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from ml_collections import FrozenConfigDict
 
-from experiments import config_checks, finetune_policy, train_policy
-from wam_jax import diffusion_policy, environment_rollouts, metrics, parallel, specs, training, world_model
+from experiments import config_checks, evaluate, finetune_policy, simulators, train_policy, train_world_model
+from wam_jax import (
+    diffusion_policy,
+    environment_rollouts,
+    environments,
+    metrics,
+    parallel,
+    specs,
+    training,
+    world_model,
+)
 from wam_jax.diffusion_policy import PolicyParams
 
 quick_compilation = helpers.quick_compilation
@@ -143,12 +153,42 @@ def test_training_in_the_environment_resumes_bit_for_bit(tmp_path):
     assert len({row["environment_success"] for row in rows}) > 1  # other starts and noise in each iteration
 
 
+@pytest.mark.parametrize("given", ["", "evaluation.npz"])
+def test_training_never_meets_the_starts_that_are_given_for_evaluation(given, monkeypatch, tmp_path):
+    made = []
+
+    def make(name, **options):
+        made.append((name, options["starts_file"]))
+        return helpers.Drawer()
+
+    config = FrozenConfigDict({**CONFIG.to_dict(), "environment": "calvin", "tasks": (TASK,)})
+    monkeypatch.setattr(environments, "make", make)
+    monkeypatch.setattr(train_policy, "load", lambda *_: make_policy().base)
+    monkeypatch.setattr(train_world_model, "load", lambda *_: (MODEL, helpers.make_state(MODEL).params))
+    monkeypatch.setattr(training, "fit", lambda *_, **__: None)
+    assert evaluate  # which has the flag; reproduce is one program with it
+    monkeypatch.setattr(flags.FLAGS["starts"], "value", given)
+    finetune_policy.run(config, str(tmp_path))
+    simulators.make(config)
+    assert made == [("calvin", ""), ("calvin", given)]
+    simulators.make.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rollouts": "dream"}, "config.ppo.rollouts='dream'; expected one of imagination, environment"),
         ({"starts": "random"}, "config.ppo.starts='random'; expected one of demonstrations, play, both"),
         ({"rollouts": "environment", "updates_per_call": 2}, "config.ppo.updates_per_call=2, but rollouts of the env"),
+        (
+            {"rollouts": "environment", "starts": "play"},
+            "config.ppo.starts='play' is about imagination, .* take 'demonst",
+        ),
+        ({"rollouts": "environment", "min_trust": 0.5}, "config.ppo.min_trust=0.5 is about imagination, .*; take 0.0"),
+        (
+            {"rollouts": "environment", "min_start_step": 1},
+            "config.ppo.min_start_step=1 is about imagination, .*; take 0",
+        ),
         ({"min_start_step": 9}, "config.ppo.min_start_step=9 exceeds max_start_step=8"),
     ],
 )

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from absl import flags
 from calvin_files import ASSETS, SHARED, needs_simulator
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from experiments import evaluate, simulators
-from wam_jax import environments, evaluation, specs, tables
+from wam_jax import environments, evaluation, json_files, specs, tables
 
 quick_compilation = helpers.quick_compilation
 TASKS = ("open_drawer", "close_drawer")  # of which the table's expert solves the first
@@ -144,6 +145,22 @@ def test_results_of_other_starts_are_not_mixed(table, played, tmp_path):
         ValueError, match="its results are of starts a.npz, not of starts random; use another --workdir"
     ):
         evaluate.run(make_config(), str(tmp_path), "expert")
+
+
+def test_the_row_of_a_policy_that_ppo_left_alone_says_so(table, monkeypatch, tmp_path):
+    values = make_config().to_dict()
+    config = FrozenConfigDict({**values, "ppo": {**values["ppo"], "min_trust": 0.5}})
+    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    json_files.write(tmp_path / "ppo/trust.json", {TASKS[0]: {"trusted": True}})
+    with pytest.raises(
+        ValueError, match="ppo/trust.json has no verdict on close_drawer, .*min_trust=0.5; delete .*ppo"
+    ):
+        evaluate.run(config, str(tmp_path), "ppo")
+    json_files.write(tmp_path / "ppo/trust.json", {TASKS[0]: {"trusted": True}, TASKS[1]: {"trusted": False}})
+    for stage in ("bc", "ppo"):
+        evaluate.run(config, str(tmp_path), stage)
+    rows = tables.load(str(tmp_path / "table.json"))
+    assert [(row.stage, row.untrained) for row in rows] == [("bc", 0), ("bc", 0), ("ppo", 0), ("ppo", 1)]
 
 
 def test_flags_of_calvin_are_refused_for_another_environment(monkeypatch):

@@ -9,7 +9,7 @@ from made_up_runs import CLOSE, OPEN, every_task, lines, maker, of, write
 from scipy import stats
 
 from experiments import print_table
-from wam_jax import specs
+from wam_jax import specs, tables
 
 
 @pytest.fixture
@@ -61,6 +61,21 @@ def test_table_four_counts_the_steps_of_ppo_where_they_happen(make_run, tmp_path
     config["ppo"]["rollouts"] = "elsewhere"
     with pytest.raises(ValueError, match="config.ppo.rollouts='elsewhere'; expected one of imagination, environment"):
         print_table.build("ppo", [write(online, config, {"ppo": {OPEN: of(9)}})])
+
+
+def test_a_task_that_ppo_left_alone_is_marked_in_every_table(make_run):
+    outcomes = {"bc": {OPEN: of(5), CLOSE: of(6)}, "ppo": {OPEN: of(7), CLOSE: of(6)}}
+    changes = {"ppo.num_iterations": 3, "ppo.num_rollouts": 5, "evaluation.max_steps": 24}
+    names = [make_run(f"seed_{seed}", outcomes, seed=seed, untrained=[CLOSE][:seed], **changes) for seed in range(2)]
+    for table, cells in (("ppo", 1), ("differences", 1), ("success", 1), ("bc", 0)):
+        text = print_table.build(table, names, **({"pool_seeds": True} if table == "success" else {}))[0]
+        assert (tables.UNTRAINED in text) == bool(cells), table
+        assert [
+            line.startswith("| close drawer") for line in text.splitlines() if "] † |" in line or ") † |" in line
+        ] == [True] * cells
+    assert lines(print_table.build("ppo", names)[0])["imagined steps of PPO a task"][0] == "360, at † 0"
+    assert lines(print_table.build("ppo", names)[0])["environment steps of PPO a task"][0] == "0"
+    assert tables.UNTRAINED not in print_table.build("ppo", names[:1])[0]
 
 
 def slow_hierarchical(successes, episodes, draws=2000):

@@ -2,16 +2,19 @@
 
 import json
 import os
+from unittest import mock
 
 import helpers
 import pytest
 
-from experiments import reuse
-from wam_jax import json_files, metrics
+from experiments import collect_playtable, finetune_policy, reuse, train_reward
+from wam_jax import json_files, metrics, rlds, shards, tables
 
 TASK = "open_drawer"
+TASKS = (TASK, "close_drawer")
 DATA = {"data/playtable_play", "data/playtable_demonstrations"}
-LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", f"ppo/{TASK}"}
+PPO = {f"ppo/{TASK}", "ppo/trust.json"}
+LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", *PPO}
 EVALUATION = {"evaluation/bc.json", "evaluation/bc.episodes.json"}
 
 
@@ -30,8 +33,15 @@ def source(tmp_path):
         (folder / name / "4").mkdir(parents=True)
         (folder / name / "4" / "file").write_text(name)
     (folder / "evaluation").mkdir()
-    for name in ("reward/quality.json", *EVALUATION):
-        (folder / name).write_text("{}")
+    json_files.write(folder / "ppo/trust.json", {task: {"trusted": True} for task in TASKS})
+    json_files.write(folder / "reward/quality.json", {task: {"train": {}} for task in TASKS})
+    fixed = dict(environment="playtable", method="wam", stage="bc", imagined_success=0.5, seed=0)
+    rows = [tables.make_row(task=task, successes=1, episodes=2, **fixed) for task in TASKS]
+    tables.save(str(folder / "evaluation/bc.json"), rows)
+    episodes = [tables.Episode(task, number, bool(number), 12) for number in range(2) for task in TASKS]
+    tables.save(str(folder / "evaluation/bc.episodes.json"), episodes)
+    plan = folder / "data/playtable_demonstrations/plan.json"
+    plan.write_text(json.dumps({"tasks": [TASK]}))
     (folder / "config.json").write_text(make_config().to_json_best_effort())
     rows = [{"stage": stage, "step": 4, "loss": 0.5} for stage in ("world_model", f"ppo/{TASK}")]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,15 +53,15 @@ def source(tmp_path):
     [
         ({}, {*DATA, "world_model", *LATER, *EVALUATION}),
         ({"ppo.save_every": 3, "num_devices": 2}, {*DATA, "world_model", *LATER, *EVALUATION}),
-        ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - {f"ppo/{TASK}"}),
+        ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - PPO),
         ({"reward.threshold": 0.7}, {*DATA, "world_model", f"policy/{TASK}"}),
         ({"policy.learning_rate": 0.1}, {*DATA, "world_model", f"reward/{TASK}", "reward/quality.json"}),
-        ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - {f"ppo/{TASK}"}),
+        ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - PPO),
         ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model"}),
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
         ({"seed": 1}, set()),
-        ({"tasks": ("turn_on_led",)}, {*DATA, "world_model", "reward/quality.json", *EVALUATION}),
+        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model"}),
     ],
 )
 def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expected):
@@ -64,6 +74,69 @@ def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expect
     assert json_files.read(str(workdir / "reused.json"), "") == dict.fromkeys(expected, str(source))
     for stage in ("world_model", f"ppo/{TASK}"):
         assert bool(metrics.read(str(workdir), stage)) == (stage in expected)
+
+
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[1:], (TASK, "turn_on_led")])
+def test_rows_of_the_tasks_of_the_config_are_taken_over_and_no_others(source, tmp_path, tasks):
+    workdir, expected = str(tmp_path / "run"), [task for task in TASKS if task in tasks]
+    reuse.take_over(make_config(tasks=tasks), workdir, str(source))
+    rows, before = (tables.load(f"{folder}/evaluation/bc.json") for folder in (workdir, source))
+    assert rows == [row for row in before if row.task in tasks] and [row.task for row in rows] == expected
+    episodes = tables.load_episodes(f"{workdir}/evaluation/bc.episodes.json")
+    assert [(e.task, e.number) for e in episodes] == [(task, number) for number in range(2) for task in expected]
+    assert list(train_reward.read_quality(workdir)) == list(finetune_policy.read_trust(workdir)) == expected
+
+
+def collect(config, workdir):
+    """Collects into a workdir; returns the tasks that were demonstrated for it."""
+    shown = []
+
+    def demonstrations(seed, task, count):
+        shown.append(task)
+        for number in range(count):
+            yield rlds.Episode(helpers.make_steps(seed + number, (9,)), source="test", episode_id=f"{task}-{number}")
+
+    def play(rng, size, steps, name):
+        for number in range(size):
+            yield rlds.Episode(helpers.make_steps(number, (9,)), source="test", episode_id=f"{name}-{number}")
+
+    with (
+        mock.patch.object(collect_playtable, "_demonstrations", demonstrations),
+        mock.patch.object(collect_playtable, "_play_episodes", play),
+    ):
+        collect_playtable.run(config, str(workdir))
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (TASKS, []),
+        (TASKS[::-1], []),
+        (TASKS[1:], []),  # of more tasks than are needed
+        ((*TASKS, "turn_on_led"), [*TASKS, "turn_on_led"]),  # of fewer: collected anew
+    ],
+)
+def test_collection_goes_on_with_demonstrations_that_were_taken_over(tmp_path, tasks, expected):
+    first, second = (make_config(**{"tasks": t, "dataset.demonstrations_per_task": 2}) for t in (TASKS, tasks))
+    collect(first, tmp_path / "first")
+    (tmp_path / "first/config.json").write_text(first.to_json_best_effort())
+    taken = reuse.take_over(second, str(tmp_path / "second"), str(tmp_path / "first"))
+    assert ("data/playtable_demonstrations" in taken) == (not expected) and "data/playtable_play" in taken
+    assert collect(second, tmp_path / "second") == expected
+    assert collect(second, tmp_path / "second") == []
+
+
+def test_demonstrations_under_way_serve_the_same_tasks_alone(tmp_path):
+    first = make_config(tasks=TASKS)
+    collect(first, tmp_path / "first")
+    (tmp_path / "first/config.json").write_text(first.to_json_best_effort())
+    (tmp_path / "first/data/playtable_demonstrations" / shards.INFO_FILE).unlink()
+    for tasks in (TASKS, TASKS[1:]):
+        workdir = tmp_path / str(len(tasks))
+        taken = reuse.take_over(make_config(tasks=tasks), str(workdir), str(tmp_path / "first"))
+        assert ("data/playtable_demonstrations" in taken) == (tasks == TASKS)
+        collect(make_config(tasks=tasks), workdir)
 
 
 def test_what_the_run_has_already_stays(source, tmp_path):

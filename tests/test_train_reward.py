@@ -7,7 +7,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import train_policy, train_reward, train_world_model
-from wam_jax import training
+from wam_jax import parallel, training
 
 quick_compilation = helpers.quick_compilation
 TASK = "turn_on_led"
@@ -65,3 +65,12 @@ def test_imagined_rows_follow_the_real_ones_with_the_labels_of_the_steps_they_st
 def test_play_is_imagined_only_where_it_is_used(train):
     bank = train(use_imagined=True, use_play=False)
     assert bank.label.tolist() == solved((5, 7)) + followed((5, 7))
+
+
+def test_of_several_processes_one_alone_writes_the_quality(train, monkeypatch, tmp_path):
+    quality = {"train": {"precision": 1.0}}
+    monkeypatch.setattr(train_reward, "_quality", lambda *_: quality)
+    for number, first in enumerate((False, True)):
+        monkeypatch.setattr(parallel, "is_first_process", lambda first=first: first)
+        train()
+        assert train_reward.read_quality(str(tmp_path / str(number))) == ({TASK: quality} if first else {})

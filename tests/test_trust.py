@@ -7,6 +7,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import finetune_policy, train_policy, train_reward, train_world_model
@@ -67,8 +68,24 @@ def test_recorded_and_imagined_ends():
     verdicts = judge(trust.judge)
     assert verdicts.recorded.tolist() == [True, True, False, True, True]
     assert verdicts.imagined.tolist() == [True, False, True, True, True]
-    shares = {"attempts": 5, "share": 0.6, "successes": 4, "successes_imagined": 0.75, "failures_imagined": 0.0}
+    shares = {"attempts": 5, "successes": 4, "successes_imagined": 0.75, "failures_imagined": 0.0, "trust": 0.0}
     assert trust.agreement(verdicts) == shares
+
+
+@pytest.mark.parametrize(
+    ("recorded", "imagined", "expected"),
+    [
+        ([1, 1, 0, 0, 0], [0, 0, 0, 0, 0], 0.0),  # it never succeeds, and 3 of 5 ends are alike
+        ([1, 1, 1, 1, 0], [1, 1, 1, 1, 1], 0.0),  # it always does
+        ([1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], 0.75),
+        ([1, 1, 1, 1], [1, 1, 0, 1], 0.75),  # demonstrations hold no failure
+        ([0, 0], [0, 0], 0.0),  # without a success nothing is known of any
+        ([], [], 0.0),
+    ],
+)
+def test_trust_needs_successes_and_failures_alike(recorded, imagined, expected):
+    verdicts = trust.Verdicts(np.array(recorded, bool), np.array(imagined, bool))
+    assert trust.agreement(verdicts)["trust"] == expected
 
 
 def test_the_bank_holds_the_starts_that_agree_and_no_others():
@@ -93,7 +110,7 @@ def test_a_task_that_is_not_trusted_keeps_its_cloned_policy(tmp_path):
     config = FrozenConfigDict({**CONFIG.to_dict(), "tasks": ("turn_on_led",)})
     base = train_policy.initial_state(config, "turn_on_led").ema_params
     stubs = {
-        (finetune_policy, "start_bank"): None,
+        (finetune_policy, "start_bank"): (None, {"trusted": False, "trust": 0.2}),
         (train_world_model, "load"): (helpers.make_model(), {}),
         (train_reward, "load"): {},
         (train_policy, "load"): base,
@@ -104,4 +121,5 @@ def test_a_task_that_is_not_trusted_keeps_its_cloned_policy(tmp_path):
         finetune_policy.run(config, str(tmp_path))
         loaded = finetune_policy.load(config, str(tmp_path), "turn_on_led")
         helpers.assert_equal((loaded.base, loaded.finetuned), (base, base))
+        assert finetune_policy.read_trust(str(tmp_path)) == {"turn_on_led": {"trusted": False, "trust": 0.2}}
         finetune_policy.run(config, str(tmp_path))  # there is nothing left to do

@@ -11,7 +11,7 @@ from wam_jax import intervals
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.types import Params
 
-STARTS = ("demonstrations", "real")  # where imagination began; "real": at the episodes' own starts
+STARTS = ("demonstrations", "real")  # where imagination began: where PPO's does; at the real episodes' own starts
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges of the calibration table, by imagined success
 _CEILING_DRAWS = 200
 
@@ -24,7 +24,7 @@ class Point:
     policy: str  # "bc", "ppo 50", "ppo 50 x 0.5", "ppo 50, noise 0.4"
     episodes: int
     real: int  # episodes solved, by the environment's oracle
-    demonstrations: int  # solved in imagination, by the reward rule, from the starts that PPO has
+    demonstrations: int | None  # solved in imagination, by the reward rule, from PPO's starts; None: it has none
     imagined_real: int  # the same, from the starts of the real episodes
 
 
@@ -35,7 +35,7 @@ def along_path(base: Params, finetuned: Params, share: float) -> PolicyParams:
 
 
 def summarise(points: Sequence[Point]) -> dict[str, Any]:
-    """Correlations and calibration of each kind of start.
+    """Correlations and calibration of each kind of start that some point has.
 
     Args:
       points: of any tasks and policies.
@@ -46,7 +46,8 @@ def summarise(points: Sequence[Point]) -> dict[str, Any]:
       the correlation that a perfect imagination would show with so few episodes, each side drawn anew around the rates
       seen outside.
     """
-    return {starts: _summarise(points, starts) for starts in STARTS}
+    known = {starts: [point for point in points if rates(point, starts)] for starts in STARTS}
+    return {starts: _summarise(of, starts) for starts, of in known.items() if of}
 
 
 def _summarise(points: Sequence[Point], starts: str) -> dict[str, Any]:
@@ -70,10 +71,10 @@ def _summarise(points: Sequence[Point], starts: str) -> dict[str, Any]:
     }
 
 
-def rates(point: Point, starts: str) -> tuple[float, float]:
-    """Success imagined, from one kind of start, and success outside."""
+def rates(point: Point, starts: str) -> tuple[float, float] | None:
+    """Success imagined, from one kind of start, and success outside; None where there are no such starts."""
     imagined = point.demonstrations if starts == "demonstrations" else point.imagined_real
-    return imagined / point.episodes, point.real / point.episodes
+    return None if imagined is None else (imagined / point.episodes, point.real / point.episodes)
 
 
 def table(rates: np.ndarray) -> list[dict[str, float]]:

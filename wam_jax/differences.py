@@ -19,6 +19,7 @@ class Comparison:
     seeds: tuple[int, ...]  # S of them, of both
     first: Mapping[str, np.ndarray]  # for each task bool [S, N], success of each seed from each start
     second: Mapping[str, np.ndarray]  # likewise, from the same starts
+    untrained: frozenset[str] = frozenset()  # tasks that PPO did not train, on either side
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
@@ -38,7 +39,8 @@ def compute(comparisons: Sequence[Comparison], notes: Sequence[str] = ()) -> dic
       ValueError: two sides of a comparison have other tasks or numbers of episodes.
     """
     columns = [_column(comparison) for comparison in comparisons]
-    return {"columns": columns, "notes": [_caption(columns), *notes]}
+    marked = [tables.UNTRAINED] if any(column["untrained"] for column in columns) else []
+    return {"columns": columns, "notes": [_caption(columns), *marked, *notes]}
 
 
 def _column(comparison: Comparison) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def _column(comparison: Comparison) -> dict[str, Any]:
         "seeds": list(comparison.seeds),
         "episodes": sorted({values.shape[1] for values in differences}),
         "tasks": dict(zip(tasks, cells[:-1], strict=True)),
+        "untrained": sorted(comparison.untrained),
         "mean": cells[-1],
     }
 
@@ -104,7 +107,10 @@ def markdown(table: dict[str, Any]) -> str:
         tables.line("task", [column["title"] for column in columns]),
         tables.line("---", ["---"] * len(columns)),
         *(
-            tables.line(task.replace("_", " "), [_cell(column["tasks"].get(task)) for column in columns])
+            tables.line(
+                task.replace("_", " "),
+                [tables.mark(_cell(column["tasks"].get(task)), task in column["untrained"]) for column in columns],
+            )
             for task in tasks
         ),
         tables.line("**mean**", [_cell(column["mean"]) for column in columns]),

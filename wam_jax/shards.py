@@ -37,12 +37,13 @@ def shard_path(directory: str | Path, name: str, split: str, index: int, num_sha
 # --- Writing ---
 
 
-def start_dataset(directory: str | Path, plan: Mapping) -> bool:
+def start_dataset(directory: str | Path, plan: Mapping, may_hold_more: Sequence[str] = ()) -> bool:
     """Creates the directory and notes what its shards will be made from.
 
     Args:
       directory: may exist already, with shards of an earlier run of the same plan.
       plan: JSON values that decide the shards' contents (input, image size, number of shards, ...).
+      may_hold_more: names of lists in the plan; a complete dataset serves if its own hold all of that and more.
 
     Returns:
       whether the dataset is complete: an earlier run has finished it.
@@ -55,18 +56,19 @@ def start_dataset(directory: str | Path, plan: Mapping) -> bool:
     path = directory / PLAN_FILE
     new = json.loads(json.dumps(plan))
     old = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else new
-    if old != new:
-        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    complete = (directory / INFO_FILE).exists()
+    enough = {key for key in may_hold_more if complete and key in new and {*new[key]} <= {*old.get(key, ())}}
+    changed = sorted(key for key in {*old, *new} - enough if old.get(key) != new.get(key))
+    if changed:
         raise ValueError(
             f"{directory} holds a dataset made with other settings ({', '.join(changed)} differ, see {path}); "
             "use the same settings, choose another directory, or delete this one"
         )
     if not path.exists():
         json_files.write(path, new)
-    if not (directory / INFO_FILE).exists():
-        return False
-    check_sizes(directory)
-    return True
+    if complete:
+        check_sizes(directory)
+    return complete
 
 
 def pictures(directory: str | Path) -> str:

@@ -53,6 +53,7 @@ def compute(stage: str, columns: Sequence[Column], notes: Sequence[str] = ()) ->
         f"Table {NUMBERS[stage]}: success in the environment {_CAPTIONS[stage]}, %.",
         _intervals(columns),
         *([_INTERACTIONS] if stage == "ppo" else []),
+        *([tables.UNTRAINED] if any(row.untrained for column in columns for row in column.rows) else []),
         *([_PLAYTABLE] if "playtable" in environments else []),
         *([_CALVIN] if "calvin" in environments else []),
         *notes,
@@ -73,6 +74,7 @@ def _column(column: Column) -> dict[str, Any]:
         "seeds": sorted({row.seed for row in column.rows}),
         "episodes": sorted({row.episodes for row in column.rows}),
         "tasks": {task: _estimate([rows]) for task, rows in found.items()},
+        "untrained": [task for task, rows in found.items() if any(row.untrained for row in rows)],
         "mean": _estimate(list(found.values())) if complete else None,
         "demonstrations": column.demonstrations,
         "updates": column.updates,
@@ -108,7 +110,7 @@ def markdown(table: dict[str, Any]) -> str:
     titles = [*(column["title"] for column in columns), *(f"paper: {method}" for method in table["paper"])]
     lines = [tables.line("task", titles), tables.line("---", ["---"] * len(titles))]
     for task in TASKS:
-        ours = [_ours(column["tasks"].get(task)) for column in columns]
+        ours = [tables.mark(_ours(column["tasks"].get(task)), task in column["untrained"]) for column in columns]
         theirs = [_theirs(found["tasks"].get(task)) for found in table["paper"].values()]
         lines.append(tables.line(task.replace("_", " "), [*ours, *theirs]))
     means = [_means(found["means"]) for found in table["paper"].values()]
@@ -138,8 +140,13 @@ def _used(stage: str, columns: Sequence[dict[str, Any]]) -> list[tuple[str, list
     if stage == "ppo":
         for index, (label, key) in enumerate((("imagined", "imagined_steps"), ("environment", "environment_steps"))):
             steps = [paper.INTERACTIONS[method][index] for method in paper.METHODS]
-            lines.append((f"{label} steps of PPO a task", ours(key), steps))
+            lines.append((f"{label} steps of PPO a task", [_steps(column, key) for column in columns], steps))
     return lines
+
+
+def _steps(column: dict[str, Any], key: str) -> str:
+    steps = f"{column[key]:,}"
+    return f"{steps}, at † 0" if column["untrained"] and column[key] else steps
 
 
 def _ours(cell: dict[str, float] | None, decimals: int = 0) -> str:

@@ -10,6 +10,11 @@ from wam_jax import intervals, json_files
 from wam_jax.specs import TASKS
 
 STAGES = ("expert", "bc", "ppo")  # in the order of the printed columns
+_MARK = " †"  # of a cell whose policy PPO left as it was
+UNTRAINED = (
+    "† No step of PPO, in one seed or more: imagination is not trusted there (config.ppo.min_trust), and the policy is "
+    "still the cloned one."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Row:
     imagined_success: float | None  # of the same policy from the same starts inside the world model
     seed: int
     simulator: str = ""  # versions and assets that decide its last bits; empty where only this repository does
+    untrained: bool = False  # of stage ppo: imagination was not trusted, and the policy is the cloned one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +157,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Success in the environment, % [{kind}], {counts} episodes a task; "
         "in parentheses: success of the same policy from the same starts imagined by the world model.",
+        *(("", UNTRAINED) if any(row.untrained for row in rows) else ()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -163,6 +170,11 @@ def line(first: str, cells: Sequence[str]) -> str:
 def join(values: Sequence[object]) -> str:
     """Alternatives as text, "64 or 256"."""
     return " or ".join(map(str, values))
+
+
+def mark(cell: str, untrained: bool) -> str:
+    """A cell of a table, marked where `UNTRAINED` holds of it."""
+    return cell + _MARK * untrained
 
 
 def percent(mean: float, low: float, high: float, decimals: int = 0) -> str:
@@ -183,8 +195,8 @@ def _cell(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     imagined = _imagined(rows)
-    text = percent(*success([rows]))
-    return text if imagined is None else f"{text} ({100 * imagined:.0f})"
+    text = percent(*success([rows])) + ("" if imagined is None else f" ({100 * imagined:.0f})")
+    return mark(text, any(row.untrained for row in rows))
 
 
 def _imagined(rows: Sequence[Row]) -> float | None:

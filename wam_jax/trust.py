@@ -109,20 +109,22 @@ def start_bank(
 
 
 def agreement(verdicts: Verdicts) -> dict[str, Any]:
-    """How often imagination comes to the recorded end, of all, of successes and of failures.
+    """How often imagination comes to the recorded end, of successes and of failures; None where there are none.
 
-    Where there are no such attempts, the share of all is 0 and the others are None.
+    `trust` is the smaller of the two that there are: a model that never succeeds, or always does, knows nothing. It is
+    0 where no success was recorded.
     """
 
     def share(of: np.ndarray) -> float | None:
         return float((verdicts.imagined == verdicts.recorded)[of].mean()) if of.any() else None
 
+    successes, failures = share(verdicts.recorded), share(~verdicts.recorded)
     return {
         "attempts": len(verdicts.recorded),
-        "share": float((verdicts.imagined == verdicts.recorded).mean()) if len(verdicts.recorded) else 0.0,
         "successes": int(verdicts.recorded.sum()),
-        "successes_imagined": share(verdicts.recorded),
-        "failures_imagined": share(~verdicts.recorded),
+        "successes_imagined": successes,
+        "failures_imagined": failures,
+        "trust": 0.0 if successes is None else min(successes, 1.0 if failures is None else failures),
     }
 
 

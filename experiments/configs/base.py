@@ -136,8 +136,8 @@ def get_config(method: str = "wam") -> ConfigDict:
             "num_rollouts": 50,  # WAM
             "rollouts": "imagination",  # "environment": no imagination at all (DPPO); success is the oracle's
             "starts": "demonstrations",  # of imagination (DiWA); "play": attempts at the task; "both"
-            # Ours; above 0 only starts from which the recorded actions, imagined, come to the recorded end; a task of
-            # which they are a smaller share than this keeps its cloned policy.
+            # Ours; above 0 only starts from which the recorded actions, imagined, come to the recorded end; a task
+            # keeps its cloned policy where they do so for a smaller share than this of its successes or its failures.
             "min_trust": 0.0,
             "min_start_step": 0,  # imagination starts at frames from this one
             "max_start_step": 0,  # to this one: at a demonstration's first (DiWA)

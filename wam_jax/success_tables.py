@@ -1,8 +1,10 @@
 """WAM's Tables III and IV: success of cloned and of fine-tuned policies, ours beside the paper's."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from wam_jax import intervals, paper, tables
 from wam_jax.specs import TASKS
@@ -35,6 +37,7 @@ class Column:
     updates: int  # of the world model
     imagined_steps: int  # of PPO, a task
     environment_steps: int  # likewise
+    outcomes: Mapping[str, np.ndarray]  # for each task bool [S, N] of rising seeds; empty: one seed, or not known
 
 
 def compute(stage: str, columns: Sequence[Column], notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -72,8 +75,8 @@ def _column(column: Column) -> dict[str, Any]:
         "title": column.title,
         "seeds": sorted({row.seed for row in column.rows}),
         "episodes": sorted({row.episodes for row in column.rows}),
-        "tasks": {task: _estimate([rows]) for task, rows in found.items()},
-        "mean": _estimate(list(found.values())) if complete else None,
+        "tasks": {task: _estimate([rows], column.outcomes) for task, rows in found.items()},
+        "mean": _estimate(list(found.values()), column.outcomes) if complete else None,
         "demonstrations": column.demonstrations,
         "updates": column.updates,
         "imagined_steps": column.imagined_steps,
@@ -81,12 +84,15 @@ def _column(column: Column) -> dict[str, Any]:
     }
 
 
-def _estimate(cells: Sequence[Sequence[tables.Row]]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), tables.success(cells), strict=True))
+def _estimate(cells: Sequence[Sequence[tables.Row]], outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), tables.success(cells, outcomes), strict=True))
 
 
 def _intervals(columns: Sequence[Column]) -> str:
-    numbers = {len({row.seed for row in column.rows}) for column in columns}
+    numbers = [len({row.seed for row in column.rows}) for column in columns]
+    unknown = [
+        column.title for column, seeds in zip(columns, numbers, strict=True) if seeds > 1 and not column.outcomes
+    ]
     texts = []
     if 1 in numbers:
         texts.append(
@@ -96,9 +102,11 @@ def _intervals(columns: Sequence[Column]) -> str:
     if max(numbers) > 1:
         texts.append(
             "With several seeds: their mean; the interval is a bootstrap over seeds, drawn for all tasks together, and "
-            f"then over the episodes of each ({intervals.TABLE_RESAMPLES:,} draws), but never narrower than the one "
-            "over all episodes as if of one seed. With so few seeds it is rather too narrow."
+            f"over the starts, which all seeds share ({intervals.TABLE_RESAMPLES:,} draws); never narrower than one "
+            "seed's with this success. With so few seeds it is rather too narrow where seeds differ."
         )
+    if unknown:
+        texts.append(tables.own_starts(unknown))
     return f"In brackets 95 % intervals. {' '.join(texts)}"
 
 

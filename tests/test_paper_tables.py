@@ -151,6 +151,11 @@ def test_runs_of_other_configs_are_refused_or_stand_apart(make_run):
     text, values = print_table.build("bc", [names[0], free])
     assert values["columns"][0]["seeds"] == [0, 1]
     assert "Seeds of playtable: wam had different dataset.play: its own, play." in text
+    number = {"dataset.demonstrations_per_task": 8}
+    text = print_table.build("bc", [make_run("d", bc, **number)])[0]
+    assert lines(text)["demonstrations a task"][0] == "8"
+    names = [make_run("d", bc, **number), make_run("e", bc, seed=1, **number, **{"dataset.demonstrations": "data"})]
+    assert lines(print_table.build("bc", names)[0])["demonstrations a task"][0] == "at most 8, of a given dataset"
 
 
 def test_what_tells_the_methods_apart_besides_the_action_loss_is_said(make_run):

@@ -33,7 +33,8 @@ class Column:
     title: str
     environment: str
     rows: tuple[tables.Row, ...]  # of one stage, every seed and task
-    demonstrations: int | None  # a task; None: a dataset was given, which the config does not count
+    demonstrations: int  # a task, of which the policy is cloned; of a given dataset at most, which may hold fewer
+    demonstrations_given: bool  # a dataset was given, not collected for the run
     updates: int  # of the world model
     imagined_steps: int  # of PPO, a task
     environment_steps: int  # likewise
@@ -78,6 +79,7 @@ def _column(column: Column) -> dict[str, Any]:
         "tasks": {task: _estimate([rows], column.outcomes) for task, rows in found.items()},
         "mean": _estimate(list(found.values()), column.outcomes) if complete else None,
         "demonstrations": column.demonstrations,
+        "demonstrations_given": column.demonstrations_given,
         "updates": column.updates,
         "imagined_steps": column.imagined_steps,
         "environment_steps": column.environment_steps,
@@ -132,7 +134,12 @@ def _used(stage: str, columns: Sequence[dict[str, Any]]) -> list[tuple[str, list
     def ours(key):
         return [f"{column[key]:,}" for column in columns]
 
-    demonstrations = [f"{column['demonstrations'] or 'a given dataset'}" for column in columns]
+    demonstrations = [
+        f"at most {column['demonstrations']}, of a given dataset"
+        if column["demonstrations_given"]
+        else str(column["demonstrations"])
+        for column in columns
+    ]
     lines = [
         (
             "training seeds",

@@ -144,13 +144,10 @@ PARTS = {
 
 
 def candidates(config, workdir: str, task: str, options: Options) -> list[Candidate]:
-    """The cloned policy, every kept checkpoint of PPO, policies on the way to the newest, and noisy ones."""
-    base = train_policy.load(config, workdir, task)
-    found = [Candidate("bc", PolicyParams(base=base, finetuned=base))]
-    saved = finetune_policy.saved_iterations(workdir, task)
-    found += [Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved]
-    last = found[-1]
-    if saved:
+    """The cloned policy, every checkpoint that PPO kept (ppo.keep_checkpoints), the way to the newest, and noisy ones."""
+    found = _trained_policies(config, workdir, task, finetune_policy.saved_iterations(workdir, task))
+    base, last = found[0].policy.base, found[-1]
+    if len(found) > 1:
         found += [
             Candidate(f"{last.name} x {share:g}", calibration.along_path(base, last.policy.finetuned, share))
             for share in options.shares
@@ -159,10 +156,22 @@ def candidates(config, workdir: str, task: str, options: Options) -> list[Candid
 
 
 def _first_and_last(config, workdir: str, task: str) -> list[Candidate]:
+    return _trained_policies(config, workdir, task, finetune_policy.saved_iterations(workdir, task)[-1:])
+
+
+def _trained_policies(config, workdir: str, task: str, iterations: list[int]) -> list[Candidate]:
+    """The cloned policy and those of PPO's checkpoints.
+
+    Without checkpoints that equal the cloned policy, those of the critic's warm-up or of a task that was left untrusted:
+    as points of their own they would only be that policy again.
+    """
     base = train_policy.load(config, workdir, task)
-    cloned = Candidate("bc", PolicyParams(base=base, finetuned=base))
-    saved = finetune_policy.saved_iterations(workdir, task)[-1:]
-    return [cloned, *(Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved)]
+    tuned = {f"ppo {i}": finetune_policy.load_iteration(config, workdir, task, i) for i in iterations}
+    return [Candidate("bc", PolicyParams(base=base, finetuned=base))] + [
+        Candidate(name, policy)
+        for name, policy in tuned.items()
+        if not jax.tree.all(jax.tree.map(np.array_equal, policy.finetuned, base))
+    ]
 
 
 def _rewards(config, workdir: str, options: Options) -> dict[str, Params]:

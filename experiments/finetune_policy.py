@@ -51,6 +51,7 @@ def run(config, workdir: str) -> None:
         "num_steps": settings.num_iterations,
         "updates_per_call": settings.updates_per_call,
         "save_every": settings.save_every,
+        "keep_checkpoints": settings.keep_checkpoints,
         "devices": devices,
     }
     train(config, workdir, base_policies, settings=settings, arguments=arguments)

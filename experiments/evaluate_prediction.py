@@ -11,6 +11,7 @@ interruption the same command goes on with the missing windows. `print_table --t
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from datetime import date
 
@@ -159,7 +160,7 @@ def _load_partial(workdir: str, about: dict) -> dict[str, np.ndarray]:
     try:
         with np.load(_partial_path(workdir), allow_pickle=False) as file:
             parts = dict(file)
-    except (OSError, ValueError):  # none, or damaged: they are only work to be done again
+    except (OSError, ValueError, zipfile.BadZipFile):  # none, or damaged: they are only work to be done again
         return {}
     return parts if str(parts.pop("about", "")) == json.dumps(about) else {}
 

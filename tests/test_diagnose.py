@@ -11,9 +11,16 @@ import pytest
 import smoke_config
 from ml_collections import FrozenConfigDict
 
-from experiments import diagnose, diagnoses, diagnosis_report, finetune_policy, train_policy, train_reward
-from experiments import train_world_model
-from wam_jax import calibration, intervals, open_loop, ppo, probes, replay, specs
+from experiments import (
+    diagnose,
+    diagnoses,
+    diagnosis_report,
+    finetune_policy,
+    train_policy,
+    train_reward,
+    train_world_model,
+)
+from wam_jax import calibration, intervals, open_loop, ppo, probes, replay, specs, trust
 from wam_jax.calibration import Point
 
 quick_compilation = helpers.quick_compilation
@@ -241,6 +248,33 @@ def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(mon
     episodes["num_episodes"] = 2
     with pytest.raises(ValueError, match="made with num_episodes=3, not 2; take that value, or delete it"):
         diagnose.run(CONFIG, str(tmp_path), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "name", "value", "message"),
+    [
+        ("open_loop", probes, "PENALTIES", (1.0,), "penalties=[1e-08, .* not [1.0]"),
+        ("trust", trust, "_HOLD", 7, "held_steps=12, not 7"),
+        ("divergence", replay, "PARTING", 4.0, "parting_cm=3.0, not 4.0"),
+        ("classifier", None, "", None, "world_model_sha256='"),
+    ],
+)
+def test_figures_of_other_code_or_another_world_model_are_refused(
+    monkeypatch, tmp_path, part, module, name, value, message
+):
+    config, params = FrozenConfigDict(CONFIG), {"kernel": np.zeros(3, np.float32)}
+    monkeypatch.setattr(train_world_model, "load", lambda *arguments: (None, params))
+    monkeypatch.setattr(diagnoses, "PARTS", {part: lambda *arguments: {"a": dict}})
+    monkeypatch.setattr(diagnosis_report, "draw", lambda *arguments: None)
+    monkeypatch.setattr(diagnosis_report, "write_summary", lambda *arguments: "told")
+    for _ in range(2):  # the same code goes on
+        assert diagnose.run(config, str(tmp_path), OPTIONS) == "told"
+    if module is None:
+        params["kernel"][1] = 1e-6
+    else:
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(ValueError, match=f"made with {message.replace('[', '.')}"):
+        diagnose.run(config, str(tmp_path), OPTIONS)
 
 
 def train_ppo(config, workdir, warmup):

@@ -11,7 +11,6 @@ interruption the same command goes on with the missing windows. `print_table --t
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from datetime import date
 
@@ -23,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments import launch, train_world_model
-from wam_jax import json_files, metrics, perceptual, prediction, prediction_tables, videos
+from wam_jax import json_files, metrics, npz_files, perceptual, prediction, prediction_tables, videos
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -158,9 +157,8 @@ def _partial_path(workdir: str) -> str:
 def _load_partial(workdir: str, about: dict) -> dict[str, np.ndarray]:
     """The windows that an interrupted run of the same description had measured; empty if there are none."""
     try:
-        with np.load(_partial_path(workdir), allow_pickle=False) as file:
-            parts = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile):  # none, or damaged: they are only work to be done again
+        parts = npz_files.read(_partial_path(workdir), "the windows measured so far")
+    except ValueError:  # none, or damaged: they are only work to be done again
         return {}
     return parts if str(parts.pop("about", "")) == json.dumps(about) else {}
 

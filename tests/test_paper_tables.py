@@ -214,17 +214,19 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "runs"),
+    ("name", "table", "runs"),
     [
         ("playtable", "bc", ("dreamer_v2", "wam")),
         ("playtable", "ppo", ("dreamer_v2", "wam")),
         ("calvin_d_scripted", "bc", ("wam",)),
         ("calvin_d_scripted", "ppo", ("wam",)),
+        ("playtable_few/imagination", "differences", (".",)),
+        ("playtable_few/environment", "differences", (".",)),
     ],
 )
-def test_the_published_tables_are_those_of_the_command(name, stage, runs):
+def test_the_published_tables_are_those_of_the_command(name, table, runs):
     folder = helpers.ROOT / "docs/results" / name
-    assert (folder / f"{stage}.md").read_text() == print_table.build(stage, [str(folder / run) for run in runs])[0]
+    assert (folder / f"{table}.md").read_text() == print_table.build(table, [str(folder / run) for run in runs])[0]
 
 
 def test_the_command_writes_what_it_prints(make_run, tmp_path):

@@ -1,4 +1,4 @@
-"""Fine-tunes each task's policy by PPO entirely inside the frozen world model: no step of the environment.
+"""Fine-tunes each task's policy by PPO, by default inside the frozen world model, without a step of the environment.
 
 python -m experiments.finetune_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 

@@ -10,7 +10,7 @@ from experiments.configs import base
 from wam_jax import datasets, environments, input_pipeline, inverse_dynamics, parallel, shards, specs, world_model
 
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
-_LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2} | dict.fromkeys(
+_LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2, "keep_checkpoints": 2} | dict.fromkeys(
     ("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps"), 0
 )
 _MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number

@@ -14,6 +14,7 @@ FREE = (
     ".tasks_at_once",
     ".updates_per_call",
     ".save_every",
+    ".keep_checkpoints",
     ".cache",
     ".prediction.",  # read by evaluate_prediction alone, which notes its values
 )

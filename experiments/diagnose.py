@@ -93,7 +93,7 @@ def _open(config, workdir: str, options: Options, part: str) -> dict[str, Any]:
     Raises:
       ValueError: they are damaged, or were made with other options.
     """
-    path, now = _path(workdir, part), _plain(diagnoses.settings(config, options, part))
+    path, now = _path(workdir, part), _plain(diagnoses.settings(config, workdir, options, part))
     if not os.path.exists(path):
         return {"settings": now, "units": {}}
     mend = "delete it; the same command measures again"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,19 +45,29 @@ class Candidate:
     noise: float | None = None  # evaluation_std in place of the config's
 
 
-def settings(config, options: Options, part: str) -> dict[str, Any]:
+def settings(config, workdir: str, options: Options, part: str) -> dict[str, Any]:
     """What every unit of a part was made with; figures made with other values cannot stand beside them."""
+    made_by = {"world_model_sha256": _digest(train_world_model.load(config, workdir)[1])}
     windows = {name: getattr(options, name) for name in ("contexts", "horizons", "train_windows", "num_windows")}
+    windows["penalties"] = probes.PENALTIES
     if part == "open_loop":
-        return windows
+        return made_by | windows
     if part == "trust":
-        return {"num_episodes": options.num_episodes}
-    episodes = {
+        return made_by | {"num_episodes": options.num_episodes, "held_steps": trust._HOLD}
+    episodes = made_by | {
         "num_episodes": options.num_episodes,
         "start_seed": _start_seed(config, options),
         "simulator": simulators.describe(simulators.make(config)),
     }
-    return episodes | (windows if part == "divergence" else {})
+    return episodes | ({**windows, "parting_cm": replay.PARTING} if part == "divergence" else {})
+
+
+def _digest(params: Params) -> str:
+    """SHA-256 of the parameters, in the order of the tree."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def calibration_units(config, workdir: str, options: Options) -> Units:
@@ -144,13 +155,10 @@ PARTS = {
 
 
 def candidates(config, workdir: str, task: str, options: Options) -> list[Candidate]:
-    """The cloned policy, every kept checkpoint of PPO, policies on the way to the newest, and noisy ones."""
-    base = train_policy.load(config, workdir, task)
-    found = [Candidate("bc", PolicyParams(base=base, finetuned=base))]
-    saved = finetune_policy.saved_iterations(workdir, task)
-    found += [Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved]
-    last = found[-1]
-    if saved:
+    """The cloned policy, every checkpoint that PPO kept, policies on the way to the newest, and noisy ones."""
+    found = _trained_policies(config, workdir, task, finetune_policy.saved_iterations(workdir, task))
+    base, last = found[0].policy.base, found[-1]
+    if len(found) > 1:
         found += [
             Candidate(f"{last.name} x {share:g}", calibration.along_path(base, last.policy.finetuned, share))
             for share in options.shares
@@ -159,10 +167,22 @@ def candidates(config, workdir: str, task: str, options: Options) -> list[Candid
 
 
 def _first_and_last(config, workdir: str, task: str) -> list[Candidate]:
+    return _trained_policies(config, workdir, task, finetune_policy.saved_iterations(workdir, task)[-1:])
+
+
+def _trained_policies(config, workdir: str, task: str, iterations: list[int]) -> list[Candidate]:
+    """The cloned policy and those of PPO's checkpoints.
+
+    Without checkpoints that equal the cloned policy, those of the critic's warm-up or of a task that was left
+    untrusted: as points of their own they would only be that policy again.
+    """
     base = train_policy.load(config, workdir, task)
-    cloned = Candidate("bc", PolicyParams(base=base, finetuned=base))
-    saved = finetune_policy.saved_iterations(workdir, task)[-1:]
-    return [cloned, *(Candidate(f"ppo {i}", finetune_policy.load_iteration(config, workdir, task, i)) for i in saved)]
+    tuned = {f"ppo {i}": finetune_policy.load_iteration(config, workdir, task, i) for i in iterations}
+    return [Candidate("bc", PolicyParams(base=base, finetuned=base))] + [
+        Candidate(name, policy)
+        for name, policy in tuned.items()
+        if not jax.tree.all(jax.tree.map(np.array_equal, policy.finetuned, base))
+    ]
 
 
 def _rewards(config, workdir: str, options: Options) -> dict[str, Params]:

@@ -198,12 +198,13 @@ def _divergence(record: dict[str, Any]) -> str:
                     _number(figures["disagreement"]["median_step"], 0),
                 ]
             )
+    parting_cm = record["settings"].get("parting_cm", PARTING)  # figures of before it was noted
     return "\n\n".join(
         [
             "## Where imagination and the environment part",
             "Real episodes, and the actions that were executed in them imagined from their first frame. Errors of the "
             f"hand in cm, while the episode runs; the hands part where imagination and filter from then on decode "
-            f"places {PARTING:g} cm apart. Then the reward rule on imagination beside the oracle: it alone fires "
+            f"places {parting_cm:g} cm apart. Then the reward rule on imagination beside the oracle: it alone fires "
             "(made up), it never does (missed), it fires early or late. ![curves](divergence.png)",
             _table(header, rows),
         ]

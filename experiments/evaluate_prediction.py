@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments import launch, train_world_model
-from wam_jax import json_files, metrics, perceptual, prediction, prediction_tables, videos
+from wam_jax import json_files, metrics, npz_files, perceptual, prediction, prediction_tables, videos
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -157,9 +157,8 @@ def _partial_path(workdir: str) -> str:
 def _load_partial(workdir: str, about: dict) -> dict[str, np.ndarray]:
     """The windows that an interrupted run of the same description had measured; empty if there are none."""
     try:
-        with np.load(_partial_path(workdir), allow_pickle=False) as file:
-            parts = dict(file)
-    except (OSError, ValueError):  # none, or damaged: they are only work to be done again
+        parts = npz_files.read(_partial_path(workdir), "the windows measured so far")
+    except ValueError:  # none, or damaged: they are only work to be done again
         return {}
     return parts if str(parts.pop("about", "")) == json.dumps(about) else {}
 

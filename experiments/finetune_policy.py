@@ -1,4 +1,4 @@
-"""Fine-tunes each task's policy by PPO entirely inside the frozen world model: no step of the environment.
+"""Fine-tunes each task's policy by PPO, by default inside the frozen world model, without a step of the environment.
 
 python -m experiments.finetune_policy --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
@@ -52,6 +52,7 @@ def run(config, workdir: str) -> None:
         "num_steps": settings.num_iterations,
         "updates_per_call": settings.updates_per_call,
         "save_every": settings.save_every,
+        "keep_checkpoints": settings.keep_checkpoints,
         "devices": devices,
     }
     train(config, workdir, base_policies, settings=settings, arguments=arguments)

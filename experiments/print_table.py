@@ -23,6 +23,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments import config_values, runs
@@ -95,11 +96,15 @@ def build(
         found = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in workdirs}
         return prediction_tables.markdown(found), {name: results["metrics"] for name, results in found.items()}
     if table == "success":
-        if pool_seeds:
-            runs.gather([runs.load(workdir) for workdir in workdirs])  # refuses runs of other configs
+        pooled = runs.gather([runs.load(workdir) for workdir in workdirs]) if pool_seeds else []
         loaded = {workdir: tables.load(os.path.join(workdir, "table.json")) for workdir in workdirs}
         rows = combine(loaded, pool_seeds=pool_seeds)
-        return tables.markdown(rows), [dataclasses.asdict(row) for row in rows]
+        outcomes = {
+            (group.config["environment"], group.config["method"], stage): _outcomes(group, stage)
+            for group in pooled
+            for stage in runs.stages(group)
+        }
+        return tables.markdown(rows, outcomes), [dataclasses.asdict(row) for row in rows]
     groups = runs.gather([runs.load(workdir) for workdir in workdirs], apart or ("ppo.rollouts",))
     if table == "differences":
         values = _compare_with(groups, against, apart) if against else _compare_within(groups)
@@ -128,6 +133,11 @@ def combine(by_name: dict[str, list[tables.Row]], *, pool_seeds: bool) -> list[t
     ]
 
 
+def _outcomes(group: runs.Group, stage: str) -> dict[str, np.ndarray]:
+    """Of several seeds, where every run keeps them; one seed's interval does not need them."""
+    return runs.outcomes(group, stage) if len(group.runs) > 1 and runs.has_episodes(group, stage) else {}
+
+
 def _column(group: runs.Group, stage: str) -> success_tables.Column:
     rows = runs.stage_rows(group, stage)
     if not rows:
@@ -140,10 +150,12 @@ def _column(group: runs.Group, stage: str) -> success_tables.Column:
         title=group.title,
         environment=config["environment"],
         rows=rows,
-        demonstrations=None if config["dataset"]["demonstrations"] else config["dataset"]["demonstrations_per_task"],
+        demonstrations=config["dataset"]["demonstrations_per_task"],
+        demonstrations_given=any(run.config["dataset"]["demonstrations"] for run in group.runs),
         updates=config["world_model"]["num_steps"],
         imagined_steps=steps["imagination"],
         environment_steps=steps["environment"],
+        outcomes=_outcomes(group, stage),
     )
 
 

@@ -187,6 +187,11 @@ def stage_rows(group: Group, stage: str) -> tuple[tables.Row, ...]:
     return tuple(row for rows in found.values() for row in rows)
 
 
+def has_episodes(group: Group, stage: str) -> bool:
+    """Whether every run of a group keeps the success of a stage's single episodes."""
+    return all(os.path.exists(_episodes_path(run, stage)) for run in group.runs)
+
+
 def outcomes(group: Group, stage: str) -> dict[str, np.ndarray]:
     """Success of every episode of a stage.
 
@@ -199,17 +204,21 @@ def outcomes(group: Group, stage: str) -> dict[str, np.ndarray]:
     tasks = list(dict.fromkeys(row.task for row in stage_rows(group, stage)))
     found = [_episodes(run, stage) for run in group.runs]
     for task in tasks:
-        counts = [len(numbers[task]) for numbers in found]
-        if len(set(counts)) > 1:
+        if len({len(numbers[task]) for numbers in found}) > 1:
+            counts = [f"{len(numbers[task])} (seed {s})" for numbers, s in zip(found, group.seeds, strict=True)]
             raise ValueError(
-                f"{group.title}, {task}: {tables.join(counts)} episodes; evaluate all seeds with one "
+                f"{group.title}, {task}: {', '.join(counts)} episodes; evaluate all seeds with one "
                 "config.evaluation.num_episodes"
             )
     return {task: np.stack([numbers[task] for numbers in found]) for task in tasks}
 
 
+def _episodes_path(run: Run, stage: str) -> str:
+    return os.path.join(run.name, "evaluation", f"{stage}.episodes.json")
+
+
 def _episodes(run: Run, stage: str) -> dict[str, np.ndarray]:
-    path = os.path.join(run.name, "evaluation", f"{stage}.episodes.json")
+    path = _episodes_path(run, stage)
     if not os.path.exists(path):
         raise ValueError(
             f"no {path}: differences are paired by start and need the success of each episode, and {run.name} holds "

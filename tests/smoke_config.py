@@ -37,7 +37,9 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.reward.update(
         embedding_dims=(16, 16), classification_dims=(16,), batch_size=8, num_steps=2, updates_per_call=1, save_every=1
     )
-    config.ppo.update(num_iterations=2, num_rollouts=4, epochs=1, tasks_at_once=2, updates_per_call=1, save_every=1)
+    config.ppo.update(
+        num_iterations=2, num_rollouts=4, epochs=1, critic_warmup=1, tasks_at_once=2, updates_per_call=1, save_every=1
+    )
     config.evaluation.update(num_episodes=1, max_steps=8)
     config.prediction.update(num_windows=3, horizon=4, batch_size=2)
     return config

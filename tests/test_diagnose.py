@@ -3,9 +3,11 @@
 import dataclasses
 import re
 import types
+from unittest import mock
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import smoke_config
@@ -18,10 +20,11 @@ from experiments import (
     evaluate,
     finetune_policy,
     simulators,
+    train_policy,
     train_reward,
     train_world_model,
 )
-from wam_jax import calibration, evaluation, intervals, json_files, open_loop, probes, replay, specs
+from wam_jax import calibration, evaluation, intervals, json_files, open_loop, ppo, probes, replay, specs, trust
 from wam_jax.calibration import Point
 
 quick_compilation = helpers.quick_compilation
@@ -142,6 +145,20 @@ def test_calibration_imagines_from_the_starts_that_ppo_has(monkeypatch, tmp_path
     assert [unit["demonstrations"] for unit in found] == [expected] * 2
     assert [(unit["real"], unit["imagined_real"]) for unit in found] == [(2, 1)] * 2
     assert asked == [("play", 0.5, "turn_on_led", "reward")]  # once for all policies
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.15])
+def test_the_ceiling_is_what_a_perfect_model_comes_to(spread):
+    """Also where all policies are equally good, and only the number of episodes makes them look different."""
+    rng, episodes = np.random.default_rng(0), 64
+    rates = np.array([p + spread * np.linspace(-1, 1, 7) for p in (0.3, 0.5, 0.7, 0.8)])  # of four tasks
+    outside, imagined = rng.binomial(episodes, rates, (2, 100, 4, 7)) / episodes
+    for within in (False, True):
+        groups = [list(x) if within else [x.reshape(-1)] for x in outside]
+        found = [calibration.ceiling(of_draw, np.full(28, episodes)) for of_draw in groups]
+        one, other = ((x - x.mean(2, keepdims=True) * within).reshape(100, -1) for x in (outside, imagined))
+        seen = [intervals.pearson(np.stack(pair, axis=1)) for pair in zip(one, other, strict=True)]
+        assert np.mean(found) == pytest.approx(np.mean(seen), abs=0.1)
 
 
 def test_policies_lie_on_the_path():
@@ -284,6 +301,80 @@ def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(mon
     episodes["num_episodes"] = 2
     with pytest.raises(ValueError, match="made with num_episodes=3, not 2; take that value, or delete it"):
         diagnose.run(CONFIG, str(tmp_path), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "name", "value", "message"),
+    [
+        ("open_loop", probes, "PENALTIES", (1.0,), "penalties=[1e-08, .* not [1.0]"),
+        ("trust", trust, "_HOLD", 7, "held_steps=12, not 7"),
+        ("divergence", replay, "PARTING", 4.0, "parting_cm=3.0, not 4.0"),
+        ("classifier", None, "", None, "world_model_sha256='"),
+    ],
+)
+def test_figures_of_other_code_or_another_world_model_are_refused(
+    monkeypatch, tmp_path, part, module, name, value, message
+):
+    config, params = FrozenConfigDict(CONFIG), {"kernel": np.zeros(3, np.float32)}
+    monkeypatch.setattr(train_world_model, "load", lambda *arguments: (None, params))
+    monkeypatch.setattr(diagnoses, "PARTS", {part: lambda *arguments: {"a": dict}})
+    monkeypatch.setattr(diagnosis_report, "draw", lambda *arguments: None)
+    monkeypatch.setattr(diagnosis_report, "write_summary", lambda *arguments: "told")
+    for _ in range(2):  # the same code goes on
+        assert diagnose.run(config, str(tmp_path), OPTIONS) == "told"
+    if module is None:
+        params["kernel"][1] = 1e-6
+    else:
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(ValueError, match=f"made with {message.replace('[', '.')}"):
+        diagnose.run(config, str(tmp_path), OPTIONS)
+
+
+def train_ppo(config, workdir, warmup):
+    """PPO whose iterations only count, and after some of warm-up move the actor; nothing else is computed."""
+
+    def iteration(state, inputs, rng, **static):
+        moved = jax.tree.map(lambda x: x + (state.iteration >= warmup), state.params.actor)
+        params = state.params.replace(actor=moved)
+        return state.replace(params=params, iteration=state.iteration + 1), {"imagined_success": jnp.float32(0)}
+
+    starts = helpers.make_latents(0, (2,), config.world_model)
+    with (
+        mock.patch.object(ppo, "iteration", iteration),
+        mock.patch.object(finetune_policy, "start_bank", return_value=starts),
+        mock.patch.object(train_world_model, "load", return_value=(helpers.make_model(), {})),
+        mock.patch.object(train_reward, "load", return_value={}),
+    ):
+        finetune_policy.run(config, workdir)
+
+
+@pytest.mark.parametrize(("keep", "warmup", "names"), [(2, 2, ["ppo 4", "ppo 5"]), (4, 2, ["ppo 3", "ppo 4", "ppo 5"])])
+def test_policies_along_training_are_those_that_ppo_kept_and_changed(monkeypatch, tmp_path, keep, warmup, names):
+    config = helpers.make_config()
+    config.update(tasks=("turn_on_led",))
+    config.ppo.update(num_iterations=5, tasks_at_once=1, updates_per_call=1, save_every=1, keep_checkpoints=keep)
+    config = FrozenConfigDict(config)
+    base = train_policy.initial_state(config, "turn_on_led").ema_params
+    monkeypatch.setattr(train_policy, "load", lambda *arguments: base)
+    train_ppo(config, str(tmp_path), warmup)
+    finetune_policy.load(config, str(tmp_path), "turn_on_led")  # reading deletes nothing
+    found = diagnoses.candidates(config, str(tmp_path), "turn_on_led", diagnoses.Options(tasks=(), shares=(0.5,)))
+    assert [candidate.name for candidate in found] == ["bc", *names, "ppo 5 x 0.5"]
+    saved = finetune_policy.saved_iterations(str(tmp_path), "turn_on_led")
+    assert saved == list(range(6 - keep, 6))  # ppo 2 of the longer row equals the cloned policy
+
+
+def test_a_policy_that_ppo_never_changed_is_one_policy(monkeypatch, tmp_path):
+    config = helpers.make_config()
+    config.update(tasks=("turn_on_led",))
+    config.ppo.update(num_iterations=1, tasks_at_once=1, updates_per_call=1, save_every=1)
+    config = FrozenConfigDict(config)
+    base = train_policy.initial_state(config, "turn_on_led").ema_params
+    monkeypatch.setattr(train_policy, "load", lambda *arguments: base)
+    train_ppo(config, str(tmp_path), warmup=1)
+    options = diagnoses.Options(tasks=(), noise=(0.4,))
+    found = diagnoses.candidates(config, str(tmp_path), "turn_on_led", options)
+    assert [candidate.name for candidate in found] == ["bc", "bc, noise 0.4"]
 
 
 def test_imagination_of_a_context_begins_where_the_filter_is():

@@ -1,6 +1,7 @@
 """Tables III and IV of made-up runs whose answers are known by hand or by slow loops."""
 
 import json
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -78,13 +79,14 @@ def test_a_task_that_ppo_left_alone_is_marked_in_every_table(make_run):
     assert tables.UNTRAINED not in print_table.build("ppo", names[:1])[0]
 
 
-def slow_hierarchical(successes, episodes, draws=2000):
-    """Percentiles of the mean of [S, T]: seeds for all tasks together, then each episode by itself."""
+def slow_crossed(outcomes, draws=2000):
+    """Percentiles of the mean of [S, T, N]: seeds for all tasks together, and each task's starts for all seeds."""
     rng, means = np.random.default_rng(7), []
+    num_seeds, num_tasks, num_starts = outcomes.shape
     for _ in range(draws):
-        seeds = rng.integers(len(successes), size=len(successes))
-        numbers = rng.integers(episodes, size=(*successes.shape, episodes))
-        means.append(np.mean(numbers < successes[seeds][:, :, None]))  # the first of a seed's episodes succeeded
+        seeds = rng.integers(num_seeds, size=num_seeds)
+        starts = [rng.integers(num_starts, size=num_starts) for _ in range(num_tasks)]
+        means.append(np.mean([outcomes[seeds, task][:, starts[task]] for task in range(num_tasks)]))
     return np.percentile(means, [2.5, 97.5])
 
 
@@ -97,20 +99,54 @@ def test_seeds_are_gathered_and_their_interval_respects_both_levels(make_run):
     text, values = print_table.build("bc", names[::-1])
     (column,) = values["columns"]
     assert (column["seeds"], column["episodes"], lines(text)["training seeds"][0]) == ([0, 1, 2], [40], "0, 1, 2")
-    for cell, counts in ((column["tasks"][OPEN], successes[:, :1]), (column["mean"], successes)):
-        assert cell["mean"] == pytest.approx(counts.mean() / 40)
-        assert (cell["low"], cell["high"]) == pytest.approx(slow_hierarchical(counts, 40), abs=0.015)
-        narrow = wilson(int(counts[:, 0].sum()), 120)
+    outcomes = np.array([[of(k, 40) for k in row] for row in successes])
+    for cell, some in ((column["tasks"][OPEN], outcomes[:, :1]), (column["mean"], outcomes)):
+        assert cell["mean"] == pytest.approx(some.mean())
+        assert (cell["low"], cell["high"]) == pytest.approx(slow_crossed(some), abs=0.015)
+        narrow = wilson(int(some[:, 0].sum()), 120)
         assert cell["high"] - cell["low"] > narrow[1] - narrow[0]  # seeds differ by more than their episodes
-    assert "With several seeds" in text and "With one seed" not in text
+    assert "With several seeds" in text and "With one seed" not in text and "lacks" not in text
     assert print_table.build("bc", names) == (text, values)
+
+
+def test_seeds_that_fail_at_the_same_starts_are_no_more_certain_than_one(make_run):
+    """And where it is not known at which starts they failed, the table says so."""
+    names = [make_run(f"seed_{s}", {"bc": every_task(of(28, 40))}, seed=s) for s in range(3)]
+    alone = print_table.build("bc", names[:1])[1]["columns"][0]
+    text, values = print_table.build("bc", names)
+    for one, three in (
+        (alone["mean"], values["columns"][0]["mean"]),
+        (alone["tasks"][OPEN], values["columns"][0]["tasks"][OPEN]),
+    ):
+        assert three["mean"] == pytest.approx(one["mean"])
+        assert three["low"] <= one["low"] + 1e-12 and three["high"] >= one["high"] - 1e-12
+    pooled, _ = print_table.build("success", names, pool_seeds=True)
+    assert lines(pooled)["open drawer"] == lines(text)["open drawer"][:1] and "lacks" not in pooled
+    (episodes,) = (Path(names[1]) / "evaluation").iterdir()
+    episodes.unlink()
+    for table, options in (("bc", {}), ("success", {"pool_seeds": True})):
+        text, _ = print_table.build(table, names, **options)
+        assert "Of playtable: wam" in text and "a run lacks evaluation/STAGE.episodes.json" in text
+    assert "lacks" not in print_table.build("bc", names[:1])[0]
+
+
+def test_each_start_is_drawn_for_all_seeds_at_once(make_run):
+    """Seeds with equal counts: their mean is certain where each start is solved by just one of two."""
+    halves = np.arange(40) < 20
+    apart = [make_run(f"apart_{s}", {"bc": {OPEN: halves == (s == 0)}}, seed=s) for s in range(2)]
+    alike = [make_run(f"alike_{s}", {"bc": {OPEN: halves}}, seed=s) for s in range(2)]
+    widths = [
+        np.diff([print_table.build("bc", names)[1]["columns"][0]["tasks"][OPEN][k] for k in ("low", "high")])
+        for names in (apart, alike)
+    ]
+    assert widths[0] < widths[1]
 
 
 def test_seeds_that_never_fail_are_not_certain(make_run):
     names = [make_run(f"seed_{s}", {"bc": every_task(of(10))}, seed=s) for s in range(3)]
     _, values = print_table.build("bc", names)
     cell = values["columns"][0]["tasks"][OPEN]
-    assert (cell["low"], cell["high"]) == pytest.approx(tuple(wilson(30, 30)))
+    assert (cell["low"], cell["high"]) == pytest.approx(tuple(wilson(10, 10)))  # 30 episodes, but ten starts
 
 
 def test_runs_of_other_configs_are_refused_or_stand_apart(make_run):
@@ -130,6 +166,11 @@ def test_runs_of_other_configs_are_refused_or_stand_apart(make_run):
     text, values = print_table.build("bc", [names[0], free])
     assert values["columns"][0]["seeds"] == [0, 1]
     assert "Seeds of playtable: wam had different dataset.play: its own, play." in text
+    number = {"dataset.demonstrations_per_task": 8}
+    text = print_table.build("bc", [make_run("d", bc, **number)])[0]
+    assert lines(text)["demonstrations a task"][0] == "8"
+    names = [make_run("d", bc, **number), make_run("e", bc, seed=1, **number, **{"dataset.demonstrations": "data"})]
+    assert lines(print_table.build("bc", names)[0])["demonstrations a task"][0] == "at most 8, of a given dataset"
 
 
 def test_what_tells_the_methods_apart_besides_the_action_loss_is_said(make_run):
@@ -188,17 +229,19 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "runs"),
+    ("name", "table", "runs"),
     [
         ("playtable", "bc", ("dreamer_v2", "wam")),
         ("playtable", "ppo", ("dreamer_v2", "wam")),
         ("calvin_d_scripted", "bc", ("wam",)),
         ("calvin_d_scripted", "ppo", ("wam",)),
+        ("playtable_few/imagination", "differences", (".",)),
+        ("playtable_few/environment", "differences", (".",)),
     ],
 )
-def test_the_published_tables_are_those_of_the_command(name, stage, runs):
+def test_the_published_tables_are_those_of_the_command(name, table, runs):
     folder = helpers.ROOT / "docs/results" / name
-    assert (folder / f"{stage}.md").read_text() == print_table.build(stage, [str(folder / run) for run in runs])[0]
+    assert (folder / f"{table}.md").read_text() == print_table.build(table, [str(folder / run) for run in runs])[0]
 
 
 def test_the_command_writes_what_it_prints(make_run, tmp_path):

@@ -103,6 +103,17 @@ def test_features_of_videos_and_their_distance(i3d_file):
     assert features.shape == (1, 400) and np.isfinite(features).all() and features.std() > 0
 
 
+def test_pixels_lie_where_the_reference_of_fvd_puts_them():
+    """Pixel i at i h / 224 of a ramp: its value is its place, but for what lies beyond the last pixel."""
+    rows = np.arange(64, dtype=np.uint8)[:, None, None] * np.ones((64, 32, 3), np.uint8)
+    video = np.asarray(i3d.preprocess(rows[None]))[0]
+    assert video.shape == (224, 224, 3)
+    expected = np.minimum(np.arange(224) * 64 / 224, 63)
+    np.testing.assert_allclose((video + 1) * 127.5, expected[:, None, None] * np.ones((224, 224, 3)), atol=1e-4)
+    columns = np.asarray(i3d.preprocess(rows[:, :1].transpose(1, 0, 2).repeat(16, 0)[None]))[0]
+    np.testing.assert_allclose(columns, video.transpose(1, 0, 2), atol=1e-6)
+
+
 def test_frechet_distance_of_known_gaussians():
     a = RNG.normal(size=(50, 80))  # fewer samples than dims, as FVD of 100 videos
     shift = RNG.normal(size=80)

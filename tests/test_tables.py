@@ -60,9 +60,9 @@ def test_seeds_of_a_cell_are_pooled():
     rows = [make_row(seed=0, successes=3, imagined_success=0.2), make_row(seed=1, successes=8, imagined_success=0.6)]
     (cell,) = lines(rows)["open drawer"]
     low, high = map(int, cell.partition("[")[2].partition("]")[0].split(", "))
-    narrow = intervals.wilson(11, 20)  # of 20 episodes of one seed
+    narrow = intervals.wilson(5.5, 10)  # of one seed with as much success
     assert cell == f"55.0 [{low}, {high}] (40)" and low < 100 * narrow[0] and high > 100 * narrow[1]
-    assert "% [95 % interval over seeds and episodes], 2 seeds of 10 episodes a task;" in tables.markdown(rows)
+    assert "% [95 % interval over seeds and starts], 2 seeds of 10 episodes a task;" in tables.markdown(rows)
     with pytest.raises(ValueError, match=r"open_drawer: 10 .seed 0., 20 .seed 1. episodes; evaluate all seeds"):
         tables.markdown([make_row(), make_row(episodes=20, seed=1)])
 

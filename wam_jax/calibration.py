@@ -13,7 +13,6 @@ from wam_jax.types import Params
 
 STARTS = ("demonstrations", "real")  # where imagination began: where PPO's does; at the real episodes' own starts
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges of the calibration table, by imagined success
-_CEILING_DRAWS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,7 @@ def summarise(points: Sequence[Point]) -> dict[str, Any]:
     Returns:
       by kind of start: `all` (every point; the interval draws tasks, then policies), `within_tasks` (differences from
       the task's mean), `tasks` (each task over its policies), `table`, mean signed and absolute error, and `ceiling`:
-      the correlation that a perfect imagination would show with so few episodes, each side drawn anew around the rates
-      seen outside.
+      the Pearson correlation that a perfect imagination would show with so few episodes (see `ceiling`).
     """
     known = {starts: [point for point in points if rates(point, starts)] for starts in STARTS}
     return {starts: _summarise(of, starts) for starts, of in known.items() if of}
@@ -56,14 +54,13 @@ def _summarise(points: Sequence[Point], starts: str) -> dict[str, Any]:
     joined = np.concatenate(groups)
     episodes = np.array([p.episodes for task in tasks for p in points if p.task == task])
     difference = joined[:, 0] - joined[:, 1]
-    sizes = np.cumsum([len(group) for group in groups])[:-1]
     return {
         "all": _correlations(groups, centred=False),
         "within_tasks": _correlations(groups, centred=True),
         "tasks": {task: _correlations([group], centred=False) for task, group in zip(tasks, groups, strict=True)},
         "ceiling": {
-            "all": _ceiling(joined[:, 1], episodes, sizes, centred=False),
-            "within_tasks": _ceiling(joined[:, 1], episodes, sizes, centred=True),
+            "all": ceiling([joined[:, 1]], episodes),
+            "within_tasks": ceiling([group[:, 1] for group in groups], episodes),
         },
         "mean_error": float(difference.mean()),
         "mean_absolute_error": float(np.abs(difference).mean()),
@@ -101,14 +98,22 @@ def _correlations(groups: Sequence[np.ndarray], *, centred: bool) -> dict[str, A
     }
 
 
-def _ceiling(real: np.ndarray, episodes: np.ndarray, sizes: np.ndarray, *, centred: bool) -> float:
-    rng = np.random.default_rng(0)
+def ceiling(groups: Sequence[np.ndarray], episodes: np.ndarray) -> float:
+    """The reliability of rates seen in so few episodes: what two independent measurements of them correlate at.
 
-    def draw():
-        drawn = rng.binomial(episodes, real) / episodes
-        parts = np.split(drawn, sizes)
-        return np.concatenate([part - part.mean() for part in parts]) if centred else drawn
+    The rates' variance within groups, less the binomial one, over the whole (Spearman 1904). The binomial variance is
+    estimated without bias, and what it leaves is no less than 0, which a few points of equal rates exceed by chance.
 
-    drawn = [intervals.pearson(np.stack([draw(), draw()], axis=1)) for _ in range(_CEILING_DRAWS)]
-    known = [value for value in drawn if np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")
+    Args:
+      groups: rates of the N points, whose means do not count.
+      episodes: [N] behind each rate, 2 or more.
+
+    Returns:
+      0 to 1; NaN where no rate differs.
+    """
+    rates, freedom = np.concatenate(groups), len(episodes) - len(groups)
+    squares = sum(float(np.square(group - group.mean()).sum()) for group in groups)
+    if freedom < 1 or squares < 1e-12:
+        return float("nan")
+    noise = float((rates * (1 - rates) / (episodes - 1)).mean())
+    return max(0.0, 1 - noise / (squares / freedom))

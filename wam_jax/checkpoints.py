@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+KEPT = 2  # checkpoints of a stage: stages trained as one program go back one save where a kill left some ahead
 _PARTS = ("state", "settings")
 _MEND = "delete that folder: the stage then goes on from the checkpoint before it, or begins anew"
 
@@ -17,8 +18,8 @@ _MEND = "delete that folder: the stage then goes on from the checkpoint before i
 class Checkpointer:
     """The checkpoints of one stage: a train state and the settings it was made with, by step."""
 
-    def __init__(self, directory: str, *, max_to_keep: int = 2):
-        """Opens a folder, made where there is none.
+    def __init__(self, directory: str, *, max_to_keep: int = KEPT):
+        """Opens a folder, made where there is none; saving deletes the oldest beyond `max_to_keep`.
 
         Raises:
           ValueError: the newest checkpoint lacks a part.

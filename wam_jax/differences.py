@@ -59,7 +59,7 @@ def _column(comparison: Comparison) -> dict[str, Any]:
     more = [int((values > 0).sum()) for values in differences]
     less = [int((values < 0).sum()) for values in differences]
     more, less = [*more, sum(more)], [*less, sum(less)]
-    mean, low, high = 100 * np.array(intervals.of_pairs(differences))
+    mean, low, high = 100 * np.array(intervals.of_starts(differences))
     cells = [
         {
             "mean": float(mean[i]),

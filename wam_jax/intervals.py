@@ -3,29 +3,37 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest, rankdata
+from scipy.special import ndtri
+from scipy.stats import rankdata
 
 RESAMPLES = 1000
 TABLE_RESAMPLES = 10_000  # of success and its differences, where the last digit printed should not be the draw's
 LEVELS = (2.5, 97.5)  # percent: 95 % intervals
 
 
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a success rate."""
-    interval = binomtest(successes, episodes).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson(successes: float, episodes: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate (Newcombe 1998, method 3); successes need not be whole."""
+    rate, z = successes / episodes, ndtri(0.975)
+    scale = 2 * (episodes + z**2)
+    centre = (2 * episodes * rate + z**2) / scale
+    margin = z / scale * np.sqrt(4 * episodes * rate * (1 - rate) + z**2)
+    return float(centre - margin if successes > 0 else 0.0), float(centre + margin if successes < episodes else 1.0)
 
 
-def of_success(successes: np.ndarray, episodes: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+def of_success(
+    successes: np.ndarray, episodes: np.ndarray, outcomes: Sequence[np.ndarray] = (), *, seed: int = 0
+) -> tuple[float, float, float]:
     """Success averaged over tasks and training seeds, and its 95 % interval.
 
     One seed: over its episodes, Wilson's; of several tasks their Wilson intervals by square-and-add (Zou and Donner
-    2008). Several seeds: seeds drawn anew, for all tasks together, then the episodes of each; never narrower than one
-    seed's with all these episodes would be, since a draw of nothing but successes has no width.
+    2008). Several seeds: `of_starts`; never narrower than one seed's would be at their mean success, since more seeds
+    are no more starts, and a draw of nothing but successes has no width.
 
     Args:
       successes: int [S, T], of each seed and task.
       episodes: int [T], of each seed.
+      outcomes: for each task bool [S, N], success of each seed from each start; where they are not known, the episodes
+        of several seeds are drawn as if each had its own starts, which is too narrow where seeds fail at the same ones.
       seed: of the draws.
 
     Returns:
@@ -33,43 +41,47 @@ def of_success(successes: np.ndarray, episodes: np.ndarray, *, seed: int = 0) ->
     """
     successes, episodes = np.asarray(successes), np.asarray(episodes)
     num_seeds, num_tasks = successes.shape
-    total, number = successes.sum(axis=0), num_seeds * episodes
-    rates = total / number
-    limits = np.array([wilson(int(k), int(n)) for k, n in zip(total, number, strict=True)])
+    solved = successes.mean(axis=0)
+    rates = solved / episodes
+    limits = np.array([wilson(float(k), int(n)) for k, n in zip(solved, episodes, strict=True)])
     margins = np.sqrt(np.square(limits - rates[:, None]).sum(axis=0)) / num_tasks
     mean = float(rates.mean())
     low, high = mean - margins[0], mean + margins[1]
     if num_seeds > 1:
-        rng = np.random.default_rng(seed)
-        chosen = rng.integers(num_seeds, size=(TABLE_RESAMPLES, num_seeds))
-        drawn = rng.binomial(episodes, successes[chosen] / episodes) / episodes
-        drawn_low, drawn_high = np.percentile(drawn.mean(axis=(1, 2)), LEVELS)
+        if len(outcomes):
+            _, lows, highs = of_starts([np.asarray(of_task, np.float64) for of_task in outcomes], seed=seed)
+            drawn_low, drawn_high = lows[-1], highs[-1]
+        else:
+            rng = np.random.default_rng(seed)
+            chosen = rng.integers(num_seeds, size=(TABLE_RESAMPLES, num_seeds))
+            drawn = rng.binomial(episodes, successes[chosen] / episodes) / episodes
+            drawn_low, drawn_high = np.percentile(drawn.mean(axis=(1, 2)), LEVELS)
         low, high = min(low, drawn_low), max(high, drawn_high)
     return mean, float(low), float(high)
 
 
-def of_pairs(differences: Sequence[np.ndarray], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Paired differences averaged over starts and training seeds, and their 95 % bootstrap intervals.
+def of_starts(values: Sequence[np.ndarray], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Success, or paired differences in it, averaged over starts and training seeds, and 95 % bootstrap intervals.
 
     Each task's starts are drawn anew, and stay the same for all seeds, which met the same ones; several seeds are drawn
     anew as well, for all tasks together.
 
     Args:
-      differences: for each of T tasks [S, N_t], of each seed at each start.
+      values: for each of T tasks [S, N_t], of each seed at each start.
       seed: of the draws.
 
     Returns:
       mean, low and high, [T + 1] each: of every task, then of their mean.
     """
     rng = np.random.default_rng(seed)
-    num_seeds = len(differences[0])
+    num_seeds = len(values[0])
     weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), TABLE_RESAMPLES) / num_seeds
     means, drawn = [], []
-    for values in differences:
-        kinds, counts = np.unique(values, axis=1, return_counts=True)  # starts that turned out alike are drawn as one
-        size = values.shape[1]
+    for of_task in values:
+        kinds, counts = np.unique(of_task, axis=1, return_counts=True)  # starts that turned out alike are drawn as one
+        size = of_task.shape[1]
         starts = rng.multinomial(size, counts / size, TABLE_RESAMPLES) / size
-        means.append(float(values.mean()))
+        means.append(float(of_task.mean()))
         drawn.append(((starts @ kinds.T) * weights).sum(axis=1))
     means, drawn = [*means, float(np.mean(means))], [*drawn, np.mean(drawn, axis=0)]
     low, high = np.percentile(drawn, LEVELS, axis=1)

@@ -1,4 +1,4 @@
-"""Npz files that a user brings: read without executing anything, and refused in one voice."""
+"""Npz files, a user's or of a run that was cut off: read without executing anything, and refused in one voice."""
 
 import zipfile
 import zlib

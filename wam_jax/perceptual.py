@@ -91,7 +91,11 @@ def load_i3d(path: str) -> Params:
 
 @jax.jit
 def video_features(variables: Params, video: Array) -> Array:
-    """I3D's logits of videos, uint8 [B, T, h, w, 3] of at least 9 frames -> float32 [B, 400]."""
+    """I3D's logits of videos, uint8 [B, T, h, w, 3] of at least 9 frames -> float32 [B, 400].
+
+    By the weights of pytorch-i3d; FVD's reference (Unterthiner et al. 2018) takes the module of TF-Hub,
+    deepmind/i3d-kinetics-400, whose distances are not on this scale.
+    """
     return I3D().apply(variables, preprocess(video))
 
 

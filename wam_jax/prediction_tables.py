@@ -106,7 +106,11 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
             f"(evaluate_prediction {' '.join(flags[name] for name in skipped)})."
         )
     if any("fvd" in result["metrics"] for result in results):
-        notes.append("FVD of so few videos is too large, so only those of equally many are to be compared.")
+        notes.append(
+            "FVD of so few videos is too large, so only those of equally many are to be compared. **Of FVD only our "
+            "own columns compare**: FVD's reference takes the I3D of TF-Hub, ours is the one that pytorch-i3d "
+            "publishes, and the paper does not say which it took."
+        )
     return [line for note in (*notes, paper.PREDICTION_NOTE) for line in (note, "")][:-1]
 
 

@@ -1,8 +1,10 @@
 """WAM's Tables III and IV: success of cloned and of fine-tuned policies, ours beside the paper's."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from wam_jax import intervals, paper, tables
 from wam_jax.specs import TASKS
@@ -31,10 +33,12 @@ class Column:
     title: str
     environment: str
     rows: tuple[tables.Row, ...]  # of one stage, every seed and task
-    demonstrations: int | None  # a task; None: a dataset was given, which the config does not count
+    demonstrations: int  # a task, of which the policy is cloned; of a given dataset at most, which may hold fewer
+    demonstrations_given: bool  # a dataset was given, not collected for the run
     updates: int  # of the world model
     imagined_steps: int  # of PPO, a task
     environment_steps: int  # likewise
+    outcomes: Mapping[str, np.ndarray]  # for each task bool [S, N] of rising seeds; empty: one seed, or not known
 
 
 def compute(stage: str, columns: Sequence[Column], notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,22 +77,26 @@ def _column(column: Column) -> dict[str, Any]:
         "title": column.title,
         "seeds": sorted({row.seed for row in column.rows}),
         "episodes": sorted({row.episodes for row in column.rows}),
-        "tasks": {task: _estimate([rows]) for task, rows in found.items()},
+        "tasks": {task: _estimate([rows], column.outcomes) for task, rows in found.items()},
         "untrained": [task for task, rows in found.items() if any(row.untrained for row in rows)],
-        "mean": _estimate(list(found.values())) if complete else None,
+        "mean": _estimate(list(found.values()), column.outcomes) if complete else None,
         "demonstrations": column.demonstrations,
+        "demonstrations_given": column.demonstrations_given,
         "updates": column.updates,
         "imagined_steps": column.imagined_steps,
         "environment_steps": column.environment_steps,
     }
 
 
-def _estimate(cells: Sequence[Sequence[tables.Row]]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), tables.success(cells), strict=True))
+def _estimate(cells: Sequence[Sequence[tables.Row]], outcomes: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), tables.success(cells, outcomes), strict=True))
 
 
 def _intervals(columns: Sequence[Column]) -> str:
-    numbers = {len({row.seed for row in column.rows}) for column in columns}
+    numbers = [len({row.seed for row in column.rows}) for column in columns]
+    unknown = [
+        column.title for column, seeds in zip(columns, numbers, strict=True) if seeds > 1 and not column.outcomes
+    ]
     texts = []
     if 1 in numbers:
         texts.append(
@@ -98,9 +106,11 @@ def _intervals(columns: Sequence[Column]) -> str:
     if max(numbers) > 1:
         texts.append(
             "With several seeds: their mean; the interval is a bootstrap over seeds, drawn for all tasks together, and "
-            f"then over the episodes of each ({intervals.TABLE_RESAMPLES:,} draws), but never narrower than the one "
-            "over all episodes as if of one seed. With so few seeds it is rather too narrow."
+            f"over the starts, which all seeds share ({intervals.TABLE_RESAMPLES:,} draws); never narrower than one "
+            "seed's with this success. With so few seeds it is rather too narrow where seeds differ."
         )
+    if unknown:
+        texts.append(tables.own_starts(unknown))
     return f"In brackets 95 % intervals. {' '.join(texts)}"
 
 
@@ -126,7 +136,12 @@ def _used(stage: str, columns: Sequence[dict[str, Any]]) -> list[tuple[str, list
     def ours(key):
         return [f"{column[key]:,}" for column in columns]
 
-    demonstrations = [f"{column['demonstrations'] or 'a given dataset'}" for column in columns]
+    demonstrations = [
+        f"at most {column['demonstrations']}, of a given dataset"
+        if column["demonstrations_given"]
+        else str(column["demonstrations"])
+        for column in columns
+    ]
     lines = [
         (
             "training seeds",

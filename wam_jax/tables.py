@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -102,11 +102,14 @@ def _load(path: str, kind: type) -> list:
         raise ValueError(f"{path} is not a table of results ({error}); {mend}") from error
 
 
-def success(cells: Sequence[Sequence[Row]]) -> tuple[float, float, float]:
+def success(
+    cells: Sequence[Sequence[Row]], outcomes: Mapping[str, np.ndarray] | None = None
+) -> tuple[float, float, float]:
     """Success over tasks and seeds with its 95 % interval, as `intervals.of_success` has it.
 
     Args:
       cells: of each task its rows, one for each seed.
+      outcomes: for each task bool [S, N], success of each seed, rising, from each start; None or empty: not known.
 
     Returns:
       mean, low and high.
@@ -127,17 +130,33 @@ def success(cells: Sequence[Sequence[Row]]) -> tuple[float, float, float]:
             raise ValueError(f"{name}: {counts} episodes; evaluate all seeds with one config.evaluation.num_episodes")
     ordered = [sorted(rows, key=lambda row: row.seed) for rows in cells]
     successes = np.array([[row.successes for row in rows] for rows in ordered]).T
-    return intervals.of_success(successes, np.array([rows[0].episodes for rows in ordered]))
+    by_start = [outcomes[rows[0].task] for rows in cells] if outcomes else []
+    return intervals.of_success(successes, np.array([rows[0].episodes for rows in ordered]), by_start)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def own_starts(titles: Sequence[str]) -> str:
+    """What is to be said of columns of several seeds whose single episodes are not known."""
+    return (
+        f"Of {', '.join(titles)} a run lacks evaluation/STAGE.episodes.json: its episodes are drawn as if each seed "
+        "had its own starts, which makes the interval too narrow where seeds fail at the same starts."
+    )
+
+
+def markdown(
+    rows: Sequence[Row], outcomes: Mapping[tuple[str, str, str], Mapping[str, np.ndarray]] | None = None
+) -> str:
     """A Markdown table: a line per task, a column per (environment, method, stage), and the mean of complete columns.
 
-    A cell of several seeds is their mean, with an interval over seeds and episodes (`success`).
+    A cell of several seeds is their mean, with an interval over seeds and starts (`success`).
+
+    Args:
+      rows: of any number of columns.
+      outcomes: by (environment, method, stage) those of `success`, of columns of several seeds where they are known.
 
     Raises:
       ValueError: two rows are the same evaluation, which would count its episodes twice, or seeds are not alike.
     """
+    known = outcomes or {}
     columns = sorted({_column(row) for row in rows}, key=lambda c: (c[0], STAGES.index(c[2]), c[1]))
     tasks = [task for task in TASKS if any(row.task == task for row in rows)]
     cells = {
@@ -146,12 +165,12 @@ def markdown(rows: Sequence[Row]) -> str:
         for column in columns
     }
     lines = [line("task", [_title(c) for c in columns]), line("---", ["---"] * len(columns))]
-    lines += [line(task.replace("_", " "), [_cell(cells[task, c]) for c in columns]) for task in tasks]
+    lines += [line(task.replace("_", " "), [_cell(cells[task, c], known.get(c)) for c in columns]) for task in tasks]
     lines.append(line("**mean**", [_mean([cells[task, c] for task in tasks]) for c in columns]))
     episodes = sorted({row.episodes for row in rows})
     seeds = sorted({len(cell) for cell in cells.values() if cell})
     several = max(seeds, default=1) > 1
-    kind = "95 % interval over seeds and episodes" if several else "95 % Wilson interval"
+    kind = "95 % interval over seeds and starts" if several else "95 % Wilson interval"
     counts = f"{join(seeds)} seeds of {join(episodes)}" if several else join(episodes)
     lines += [
         "",
@@ -159,6 +178,9 @@ def markdown(rows: Sequence[Row]) -> str:
         "in parentheses: success of the same policy from the same starts imagined by the world model.",
         *(("", UNTRAINED) if any(row.untrained for row in rows) else ()),
     ]
+    unknown = [c for c in columns if not known.get(c) and any(len(cells[task, c]) > 1 for task in tasks)]
+    if unknown:
+        lines += ["", own_starts([_title(c) for c in unknown])]
     return "\n".join(lines) + "\n"
 
 
@@ -191,11 +213,11 @@ def _title(column: tuple[str, str, str]) -> str:
     return f"{environment}: {stage if method == '-' else f'{method} {stage}'}"
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def _cell(rows: Sequence[Row], outcomes: Mapping[str, np.ndarray] | None) -> str:
     if not rows:
         return ""
     imagined = _imagined(rows)
-    text = percent(*success([rows])) + ("" if imagined is None else f" ({100 * imagined:.0f})")
+    text = percent(*success([rows], outcomes)) + ("" if imagined is None else f" ({100 * imagined:.0f})")
     return mark(text, any(row.untrained for row in rows))
 
 

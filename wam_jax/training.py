@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from wam_jax import metrics as metrics_lib
 from wam_jax import parallel
-from wam_jax.checkpoints import Checkpointer
+from wam_jax.checkpoints import KEPT, Checkpointer
 
 SHOWN = (
     *("loss", "reconstruction", "kl", "inverse_dynamics", "bc_loss", "accuracy"),
     *("imagined_success", "environment_success", "approx_kl"),
 )
+
+
+_FILES = ("workdir", "settings", "keep_checkpoints")  # arguments of `fit` that its files take
 
 
 class Interruption:
@@ -114,6 +117,7 @@ def fit(run: Callable, state: Any, make_batches: Callable[[int], Iterator[Any]],
         num_steps: updates in total.
         updates_per_call: updates a dispatch, N; a last shorter call is not made, so num_steps must be divisible by it.
         save_every: updates between checkpoints.
+        keep_checkpoints: how many of them stay, the newest; checkpoints.KEPT if not given.
         devices: from parallel.local_devices.
 
     Returns:
@@ -124,7 +128,7 @@ def fit(run: Callable, state: Any, make_batches: Callable[[int], Iterator[Any]],
       FloatingPointError: a metric is not finite; names it and the step.
       KeyboardInterrupt: interrupted, after saving.
     """
-    files = _StageFiles(stage, arguments["workdir"], arguments["settings"])
+    files = _StageFiles(stage, **{name: arguments.pop(name) for name in _FILES if name in arguments})
     return _fit(files, run, state, make_batches, **arguments)
 
 
@@ -148,20 +152,21 @@ def fit_together(
       ValueError: as `fit`; or there is no such step.
       FloatingPointError, KeyboardInterrupt: as `fit`.
     """
-    files = _JointFiles([_StageFiles(stage, arguments["workdir"], arguments["settings"]) for stage in stages])
+    kept = {name: arguments.pop(name) for name in _FILES if name in arguments}
+    files = _JointFiles([_StageFiles(stage, **kept) for stage in stages])
     return _fit(files, run, state, make_batches, **arguments)
 
 
 class _StageFiles:
     """The checkpoints and metrics of one stage."""
 
-    def __init__(self, stage: str, workdir: str, settings: dict):
-        self.stage, self._workdir, self._settings = stage, workdir, settings
+    def __init__(self, stage: str, workdir: str, settings: dict, keep_checkpoints: int = KEPT):
+        self.stage, self._workdir, self._settings, self._keep = stage, workdir, settings, keep_checkpoints
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "_StageFiles":
         self._checkpointer = self._stack.enter_context(
-            contextlib.closing(Checkpointer(f"{self._workdir}/{self.stage}"))
+            contextlib.closing(Checkpointer(f"{self._workdir}/{self.stage}", max_to_keep=self._keep))
         )
         self.starts = self._checkpointer.starts()
         self.step = self.starts[-1]
@@ -260,15 +265,12 @@ def _fit(
     state: Any,
     make_batches: Callable[[int], Iterator[Any]],
     *,
-    workdir: str,
-    settings: dict,
     seed: int | np.ndarray,
     num_steps: int,
     updates_per_call: int,
     save_every: int,
     devices: list[jax.Device],
 ) -> Any:
-    del workdir, settings  # `files` has them
     if num_steps % updates_per_call:
         raise ValueError(f"{files.stage}: {num_steps} steps are not divisible by updates_per_call={updates_per_call}")
     with contextlib.ExitStack() as stack:

@@ -165,6 +165,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "tasks_at_once": 1,  # tasks that are fine-tuned as one program; 8 keep an accelerator busier than 1
             "updates_per_call": 1,
             "save_every": 25,
+            "keep_checkpoints": 2,  # the newest; more of them are the policies along training that `diagnose` compares
         }
     )
     config.evaluation = ConfigDict(

@@ -12,8 +12,7 @@ LAYERS = (
     (256, 3, 1, 1),
     (256, 3, 1, 1),
 )  # features, kernel, stride, pad
-POOLED_BEFORE = (1, 2)
-MIN_SIZE = 31  # pixels; less leaves nothing after two poolings
+POOLED_BEFORE = (1, 2)  # two poolings, which take 31 pixels at least
 SHIFT = (-0.030, -0.088, -0.188)  # LPIPS' scaling of images in [-1, 1] to what AlexNet was trained on
 SCALE = (0.458, 0.448, 0.450)
 EPSILON = 1e-10

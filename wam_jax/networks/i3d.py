@@ -1,12 +1,12 @@
-"""I3D (Carreira and Zisserman 2017), the network whose logits FVD compares, as pytorch-i3d lays it out.
+"""I3D (Carreira and Zisserman 2017) as pytorch-i3d lays it out, the kind of network whose logits FVD compares.
 
 Inflated Inception v1 at inference: every convolution without bias, then batch normalisation by stored statistics, then
 ReLU; TensorFlow's SAME padding throughout. Names of the modules are those of the published weights.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wam_jax.types import Array
 
@@ -79,6 +79,18 @@ class I3D(nn.Module):
 
 
 def preprocess(video: Array) -> Array:
-    """Scales uint8 [..., h, w, 3] to [-1, 1] at 224 pixels, as FVD does (Unterthiner et al. 2018)."""
+    """Scales uint8 [..., h, w, 3] to [-1, 1] at 224 pixels, as FVD's reference does (Unterthiner et al. 2018).
+
+    That is TensorFlow 1's resize_bilinear: pixel i of S lies at i h / S of the old ones, without half a pixel's shift.
+    """
     x = jnp.asarray(video, jnp.float32) * (2 / 255) - 1
-    return jax.image.resize(x, (*x.shape[:-3], IMAGE_SIZE, IMAGE_SIZE, 3), "bilinear")
+    return _resize(_resize(x, -3), -2)
+
+
+def _resize(x: Array, axis: int) -> Array:
+    length = x.shape[axis]
+    position = np.arange(IMAGE_SIZE) * (length / IMAGE_SIZE)
+    below = position.astype(int)
+    share = np.expand_dims(position - below, tuple(range(axis + 1, 0))).astype(np.float32)
+    low, high = (jnp.take(x, index, axis) for index in (below, np.minimum(below + 1, length - 1)))
+    return low + share * (high - low)

@@ -53,7 +53,7 @@ def settings(config, workdir: str, options: Options, part: str) -> dict[str, Any
     if part == "open_loop":
         return made_by | windows
     if part == "trust":
-        return made_by | {"num_episodes": options.num_episodes, "held_steps": trust._HOLD}
+        return made_by | {"num_episodes": options.num_episodes, "held_steps": trust.HOLD}
     episodes = made_by | {
         "num_episodes": options.num_episodes,
         "start_seed": _start_seed(config, options),

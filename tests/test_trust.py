@@ -30,8 +30,8 @@ def imagine(model, params, encoded, episodes, rng):
     """Stands in for the world model: it imagines what the attempt says."""
     del model, params, rng
     for episode in episodes:
-        assert not episode.action[-trust._HOLD :, :-1].any()  # the hand stays
-        assert (episode.action[-trust._HOLD - 1 :, -1] == episode.action[-1, -1]).all()  # the fingers too
+        assert not episode.action[-trust.HOLD :, :-1].any()  # the hand stays
+        assert (episode.action[-trust.HOLD - 1 :, -1] == episode.action[-1, -1]).all()  # the fingers too
     followed = [jax.tree.map(lambda x: x[1:], episode) for episode in episodes]
     return [latents.latent_at(latent, slice(1, None)) for latent in encoded], followed
 

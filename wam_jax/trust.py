@@ -18,7 +18,7 @@ from wam_jax.types import Array, LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
 _BATCH = 32  # attempts that are judged at once
-_HOLD = 12  # steps without motion that are imagined after a recording's last: what comes late still comes
+HOLD = 12  # steps without motion that are imagined after a recording's last: what comes late still comes
 
 
 class Verdicts(NamedTuple):
@@ -41,7 +41,7 @@ def judge(
 ) -> Verdicts:
     """Imagines attempts under their own actions, from the posterior of their first step, and compares the ends.
 
-    Recordings end soon after success; imagination then holds the hand still for _HOLD steps more.
+    Recordings end soon after success; imagination then holds the hand still for HOLD steps more.
 
     Args:
       model, params: the frozen world model.
@@ -137,9 +137,9 @@ def _fires(
 
 
 def _hold_still(latent: LatentState, episode: StepBatch) -> tuple[LatentState, StepBatch]:
-    """Both longer by _HOLD steps, in which the hand stays and the fingers keep their last command."""
-    length = len(episode.action) + _HOLD
-    still = np.zeros((_HOLD, specs.ACTION_DIM), np.float32)
+    """Both longer by HOLD steps, in which the hand stays and the fingers keep their last command."""
+    length = len(episode.action) + HOLD
+    still = np.zeros((HOLD, specs.ACTION_DIM), np.float32)
     still[:, -1] = episode.action[-1, -1]
     action = np.concatenate([episode.action, still])
     return _pad(latent, length), _pad(episode, length).replace(action=action)

@@ -341,7 +341,7 @@ def train_ppo(config, workdir, warmup):
     starts = helpers.make_latents(0, (2,), config.world_model)
     with (
         mock.patch.object(ppo, "iteration", iteration),
-        mock.patch.object(finetune_policy, "start_bank", return_value=starts),
+        mock.patch.object(finetune_policy, "start_bank", return_value=(starts, {})),
         mock.patch.object(train_world_model, "load", return_value=(helpers.make_model(), {})),
         mock.patch.object(train_reward, "load", return_value={}),
     ):

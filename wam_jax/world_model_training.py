@@ -118,10 +118,9 @@ def _state_errors(model, params, features: Array, robot: Array | None, observati
     """
     errors = {}
     if model.settings.proprioception_weight:
-        predicted = robot
         if robot is None:
-            predicted = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
-        errors["proprioception"] = predicted - specs.proprioception(observation.robot_obs)
+            robot = model.proprioception_decoder.apply({"params": params["proprioception_decoder"]}, features)
+        errors["proprioception"] = robot - specs.proprioception(observation.robot_obs)
     if model.settings.scene_weight:
         predicted = model.scene_decoder.apply({"params": params["scene_decoder"]}, features)
         errors["scene"] = predicted - specs.scaled_mechanisms(observation.scene_obs)

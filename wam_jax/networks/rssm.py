@@ -168,9 +168,9 @@ class RSSM(nn.Module):
         """Touches every parameter, for initialisation: [B, A] and [B, E] -> posterior logits."""
         state = self.initial(action.shape[0])
         projected = self.project_action(action)
-        if self.robot_dim:
+        if state.robot is not None:
             projected = projected + self.project_robot(state.robot)
         hidden = self.recurrent(state.deterministic, state.stochastic, projected)
-        if self.robot_dim:
+        if state.robot is not None:
             self.robot_change(hidden, projected)
         return self.prior_logits(hidden) + self.posterior_logits(hidden, self.project_embedding(embedding))

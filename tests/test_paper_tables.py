@@ -237,6 +237,8 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         ("calvin_d_scripted", "ppo", ("wam",)),
         ("playtable_few/imagination", "differences", (".",)),
         ("playtable_few/environment", "differences", (".",)),
+        ("playtable_few/no_signal", "differences", (".",)),
+        ("playtable_transfer/sampled", "differences", (".",)),
     ],
 )
 def test_the_published_tables_are_those_of_the_command(name, table, runs):

@@ -105,12 +105,16 @@ def _check_agreement(config: ConfigDict) -> None:
             "config.reward.kind='scene' needs a world model that decodes scene states, and config.world_model."
             "scene_weight is 0; take a weight above 0, e.g. 1000, or reward.kind=classifier"
         )
-    for key in ("proprioception_input", "proprioception_weight"):
-        if config.world_model.robot_state and not config.world_model[key]:
-            raise ValueError(
-                f"config.world_model.robot_state carries and learns the robot's proprioception, and config.world_model."
-                f"{key} is {config.world_model[key]}; take another, e.g. {'True' if key.endswith('input') else 1000}"
-            )
+    if config.world_model.robot_state and config.world_model.action_input == "features":
+        raise ValueError(
+            "config.world_model.action_input='features' with robot_state: the features hold the measured state, "
+            "from which the action can be read off; take action_input=embeddings or robot_state=False"
+        )
+    if config.world_model.robot_state and not config.world_model.proprioception_weight:
+        raise ValueError(
+            "config.world_model.robot_state=True learns the robot's state, and proprioception_weight is 0; "
+            "take another, e.g. 1000"
+        )
     chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
     if max_steps < chunk or max_steps % chunk:
         raise ValueError(
@@ -164,8 +168,8 @@ def _check_rollouts(settings: ConfigDict) -> None:
         for key, value in (("starts", "demonstrations"), ("min_start_step", 0), ("min_trust", 0.0)):
             if settings[key] != value:
                 raise ValueError(
-                    f"config.ppo.{key}={settings[key]!r} is about imagination; ppo.rollouts='environment' has none, "
-                    f"take {value!r}"
+                    f"config.ppo.{key}={settings[key]!r} is about imagination, and ppo.rollouts='environment' has "
+                    f"none; take {value!r}"
                 )
         for key in ("updates_per_call", "tasks_at_once"):
             if settings[key] != 1:

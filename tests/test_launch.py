@@ -64,7 +64,6 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
             "scene",
             "kind='scene' needs a world model that decodes .*scene_weight is 0; take a weight above",
         ),
-        ("world_model.robot_state", True, "world_model.proprioception_weight is 0.0; take another, e.g. 1000"),
         ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
         ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),
         ("tasks", ("open_drawer", "open_drawer"), "config.tasks names 'open_drawer' twice"),
@@ -117,6 +116,21 @@ def test_a_soft_prior_needs_a_policy_that_was_cloned_on_probabilities(tmp_path):
     config = change("policy.soft_feature", False, change("world_model.soft_prior", True))
     with pytest.raises(ValueError, match="soft_prior=True needs config.policy.soft_feature=True"):
         launch.prepare(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("world_model.proprioception_weight", 0.0, "proprioception_weight is 0; take another, e.g. 1000"),
+        ("world_model.proprioception_input", False, "robot_state=True needs proprioception_input=True"),
+        ("world_model.action_input", "features", "from which the action can be read off; take action_input=embeddings"),
+    ],
+)
+def test_the_robots_own_state_is_seen_and_learnt_and_no_input_of_the_inverse_dynamics(tmp_path, path, value, message):
+    good = change("world_model.proprioception_weight", 1.0, change("world_model.robot_state", True))
+    config_checks.check(good)
+    with pytest.raises(ValueError, match=message):
+        launch.prepare(change(path, value, good), str(tmp_path / "run"))
 
 
 def test_batches_must_divide_over_the_devices(monkeypatch):

@@ -6,6 +6,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import B, T, assert_equal, make_model, make_state, make_steps
 from ml_collections import FrozenConfigDict
 
@@ -72,6 +73,11 @@ def test_the_robots_own_state_is_measured_while_observing_and_moved_by_what_h_ex
     later[:, 1:] += 0.1
     changed = batch.replace(observation=batch.observation.replace(robot_obs=later))
     assert_equal(jax.jit(forward)(weights, changed)[1].robot, imagined.robot)  # imagination sees the first frame alone
+
+
+def test_the_robots_own_state_must_be_seen():
+    with pytest.raises(ValueError, match="needs proprioception_input=True"):
+        make_model(robot_state=True, proprioception_input=False)
 
 
 def test_the_robots_own_state_is_learnt_one_step_ahead_and_in_open_loop():

@@ -52,4 +52,4 @@ class LatentState:
     deterministic: Array  # [..., D], h
     logits: Array  # float32 [..., S, V], of the categoricals that `stochastic` was drawn from
     stochastic: Array  # [..., S, V], z, one-hot
-    robot: Array | None = None  # [..., P], the robot's own state, in models that carry it (`robot_state`)
+    robot: Array | None = None  # float32 [..., P], the robot's own state, in models that carry it (`robot_state`)

@@ -37,12 +37,14 @@ def build(settings: Any) -> WorldModel:
     """Builds the modules from `config.world_model`.
 
     Raises:
-      ValueError: an unknown kind of encoder or compute dtype.
+      ValueError: an unknown kind of encoder or compute dtype, or the robot's own state without seeing it.
     """
     if settings.kind not in ("conv", "patch"):
         raise ValueError(f"world_model.kind={settings.kind!r}; expected 'conv' or 'patch'")
     if settings.compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"world_model.compute_dtype={settings.compute_dtype!r}; expected 'float32' or 'bfloat16'")
+    if settings.robot_state and not settings.proprioception_input:
+        raise ValueError("world_model.robot_state=True needs proprioception_input=True, to see the robot's state")
     dtype = jnp.dtype(settings.compute_dtype)
     return WorldModel(
         encoder=Encoder(
@@ -150,7 +152,10 @@ def _project_action(model, params, action, robot) -> Array:
 
 
 def _measured_robot(model, embedding) -> Array | None:
-    """The proprioception that every embedding ends with, for models whose state has the robot's own."""
+    """The proprioception that every embedding ends with, for models whose state has the robot's own.
+
+    It was rounded to the compute dtype there: in bfloat16 by about a thousandth of the range.
+    """
     return embedding[..., -specs.PROPRIOCEPTION_DIM :].astype(jnp.float32) if model.settings.robot_state else None
 
 

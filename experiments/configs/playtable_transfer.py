@@ -20,7 +20,7 @@ def get_config(method: str = "wam") -> ConfigDict:
     config.world_model.update(
         kl_weight=3.0,
         robot_state=True,
-        soft_prior=False,  # expected z makes imagination far too hopeful: docs/results/playtable_transfer/
+        soft_prior=False,  # expected z imagines what fails: docs/results/playtable_transfer/
         proprioception_weight=1e4,
         open_loop_steps=12,
         window_length=24,

@@ -269,14 +269,14 @@ def initial_state(config, task: str, base_policy_params) -> ppo.PPOState:
 
 
 def load(config, workdir: str, task: str) -> PolicyParams:
-    """The fine-tuned policy of a task: the cloned one for the first denoising steps, PPO's for the last."""
+    """The fine-tuned policy of a task: the cloned one for the first denoising steps, PPO's average for the last."""
     base = train_policy.load(config, workdir, task)
     template = jax.eval_shape(functools.partial(initial_state, config, task), base)
     state = training.load_finished(
         template, stage=stage(task), workdir=workdir, settings=ppo_settings(config).to_dict(),
         num_steps=config.ppo.num_iterations, binary="finetune_policy",
     )  # fmt: skip
-    return PolicyParams(base=base, finetuned=state.params.actor)
+    return PolicyParams(base=base, finetuned=state.ema_actor)
 
 
 def saved_iterations(workdir: str, task: str) -> list[int]:
@@ -297,7 +297,7 @@ def load_iteration(config, workdir: str, task: str, iteration: int) -> PolicyPar
     template = jax.eval_shape(functools.partial(initial_state, config, task), base)
     with contextlib.closing(Checkpointer(f"{workdir}/{stage(task)}")) as checkpointer:
         state = checkpointer.restore(template, ppo_settings(config).to_dict(), step=iteration)
-    return PolicyParams(base=base, finetuned=state.params.actor)
+    return PolicyParams(base=base, finetuned=state.ema_actor)
 
 
 if __name__ == "__main__":

@@ -335,8 +335,8 @@ def train_ppo(config, workdir, warmup):
 
     def iteration(state, inputs, rng, **static):
         moved = jax.tree.map(lambda x: x + (state.iteration >= warmup), state.params.actor)
-        params = state.params.replace(actor=moved)
-        return state.replace(params=params, iteration=state.iteration + 1), {"imagined_success": jnp.float32(0)}
+        state = state.replace(params=state.params.replace(actor=moved), ema_actor=moved)
+        return state.replace(iteration=state.iteration + 1), {"imagined_success": jnp.float32(0)}
 
     starts = helpers.make_latents(0, (2,), config.world_model)
     with (

@@ -279,8 +279,9 @@ def workdir(tmp_path_factory):
 
     def move(state, batch, rng):
         del batch, rng
-        actor = jax.tree.map(lambda x: x + 0.1, state.params.actor)
-        return state.replace(params=state.params.replace(actor=actor)), {"moved": jnp.zeros(())}
+        actor = jax.tree.map(lambda x: x + 0.01, state.params.actor)
+        average = jax.tree.map(lambda x: x - 0.01, state.ema_actor)
+        return state.replace(params=state.params.replace(actor=actor), ema_actor=average), {"moved": jnp.zeros(())}
 
     start = finetune_policy.initial_state(CONFIG, TASK, policy.ema_params)
     ppo = fit(path, f"ppo/{TASK}", move, start, np.zeros(1), finetune_policy.ppo_settings(CONFIG))
@@ -304,14 +305,15 @@ def test_the_cloned_policy_is_the_average_that_training_saved(workdir):
     assert (actions != act(PolicyParams(trained.params, trained.params))).any()
 
 
-def test_the_fine_tuned_policy_is_the_pair_that_training_saved(workdir):
+def test_the_fine_tuned_policy_is_the_cloned_one_and_the_average_that_training_saved(workdir):
     path, states = workdir
-    base, actor = states["policy"].ema_params, states["ppo"].params.actor
+    base, actor = states["policy"].ema_params, states["ppo"].ema_actor
     loaded = evaluate.load_policy(CONFIG, path, "ppo", TASK)
     helpers.assert_equal((loaded.base, loaded.finetuned), (base, actor))
     actions = act(loaded)
     np.testing.assert_array_equal(actions, act(PolicyParams(base, actor)))
-    assert (actions != act(PolicyParams(base, base))).any()
+    for other in (base, states["ppo"].params.actor):
+        assert (actions != act(PolicyParams(base, other))).any()
 
 
 def test_world_model_and_classifier_are_those_that_training_saved(workdir):
@@ -329,7 +331,7 @@ def test_world_model_and_classifier_are_those_that_training_saved(workdir):
 def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, stage):
     path, states = workdir
     base = states["policy"].ema_params
-    trained = latent_policy(PolicyParams(base, states["ppo"].params.actor if stage == "ppo" else base))
+    trained = latent_policy(PolicyParams(base, states["ppo"].ema_actor if stage == "ppo" else base))
     loaded = evaluate.latent_policy(CONFIG, path, stage, TASK)
     results = [
         evaluation.rollout(helpers.Drawer(), policy, TASK, RNG, numbers=range(3), max_steps=8)

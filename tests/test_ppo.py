@@ -52,6 +52,7 @@ def make_settings(**changes):
         "discount": 0.99,
         "gae_lambda": 0.95,
         "denoising_discount": 0.99,
+        "bootstrap_at_limit": True,
         "clip_noisiest": 0.01,
         "clip_last": 0.1,
         "clip_rate": 3.0,
@@ -67,6 +68,7 @@ def make_settings(**changes):
         "critic_warmup": 1,
         "reward_clip": 10.0,
         "min_advantage_std": 0.0,
+        "ema_decay": 0.0,
     }
     return ml_collections.FrozenConfigDict({**settings, **changes})
 
@@ -101,9 +103,8 @@ def make_inputs(goal=1.0, settings=POLICY_SETTINGS):
     )
 
 
-@functools.cache
-def make_decisions(**changes):
-    """Decisions of one collection, some of them after the end of their episode."""
+def collect_decisions(goal, **changes):
+    """Decisions of one collection."""
     settings = make_settings(**changes)
 
     @jax.jit
@@ -115,7 +116,13 @@ def make_decisions(**changes):
         )
         return ppo.prepare(state, episodes, inputs.base_policy_params, **static)[0]
 
-    decisions = collect(make_state(), make_inputs(goal=0.4), jax.random.key(5))
+    return collect(make_state(), make_inputs(goal=goal), jax.random.key(5))
+
+
+@functools.cache
+def make_decisions(**changes):
+    """Decisions of one collection, some of them after the end of their episode."""
+    decisions = collect_decisions(0.4, **changes)
     assert 0 < decisions.valid.sum() < decisions.valid.size
     return decisions
 
@@ -147,6 +154,14 @@ def test_truncation_bootstraps_and_termination_does_not():
     static = {"discount": 0.5, "gae_lambda": 1.0}
     assert advantages.gae(one, 0 * one, 4 * one, yes, no, **static)[0] == 1
     assert advantages.gae(one, 0 * one, 4 * one, no, yes, **static)[0] == 3
+
+
+def test_an_episode_that_runs_out_of_time_is_worth_nothing_or_what_its_last_state_is_worth():
+    worth, nothing = (
+        np.asarray(collect_decisions(99.0, bootstrap_at_limit=bootstrap).value_target).reshape(4, -1)[-1]
+        for bootstrap in (True, False)
+    )
+    assert (np.abs(worth) > 1e-4).all() and (nothing == 0).all()
 
 
 def test_reward_scale_is_the_variance_of_all_valid_returns():
@@ -275,3 +290,16 @@ def test_learns_a_trivial_task_with_one_trace(policy, goal):
     assert history[5]["ratio_error"] > 1e-4 and all(np.isfinite(list(m.values())).all() for m in history)
     assert history[-1]["valid_decisions"] < history[0]["valid_decisions"]
     assert history[-1]["gradient_steps"] == settings.epochs and int(state.iteration) == 30
+    chex.assert_trees_all_equal(state.ema_actor, state.params.actor)  # no average where its decay is 0
+
+
+def test_the_policy_is_the_average_of_the_actor_over_the_iterations():
+    static = {"policy_settings": POLICY_SETTINGS, "settings": make_settings(ema_decay=0.75, critic_warmup=0)}
+    iterate = jax.jit(functools.partial(ppo.iteration, imagine_step=imagine_step, reward_rule=reward_rule, **static))
+    state, expected = make_state(), make_policy()
+    for i in range(2):
+        state, _ = iterate(state, make_inputs(goal=0.4), jax.random.key(i))
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, expected, state.params.actor)
+    chex.assert_trees_all_close(state.ema_actor, expected, rtol=1e-6)
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.ema_actor, state.params.actor)
+    assert max(jax.tree.leaves(moved)) > 1e-3

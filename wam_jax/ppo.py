@@ -7,6 +7,9 @@ arrays that it reads and does not train (start latents, world model, reward, bas
 Keys of `settings` (the papers' values), besides those of imagination.py:
     critic_hidden_dim 256, critic_num_blocks 1
     discount 0.999, gae_lambda 0.95 (both per decision), denoising_discount 0.99 (per denoising step)
+    bootstrap_at_limit True: an episode that the time limit ends is worth what its last state is worth; False: 0. With
+        discounts near 1 and success as the only other end, True lets every value drift up to that of success: failing
+        costs nothing, and the advantages die out (docs/results/playtable_transfer measures it)
     clip_noisiest 0.001, clip_last 0.01, clip_rate 3.0: half-width of the ratio's clip, from step F-1 to step 0
     value_weight 0.5, bc_weight 0.025, target_kl 1.0
     actor_learning_rate 1e-5, critic_learning_rate 1e-3, weight_decay 0.0
@@ -14,11 +17,13 @@ Keys of `settings` (the papers' values), besides those of imagination.py:
     min_advantage_std 0.0: advantages (in scaled reward) are divided by their standard deviation, or by this if more.
         Where nearly every rollout succeeds, advantages are the critic's errors (docs/results/playtable measures it)
     epochs 10, batch_size 7500 (decisions per device and gradient step; all of them where there are fewer)
+    ema_decay 0.0: the policy is the actor's moving average, updated once an iteration; 0: the actor as it is. Success
+        swings by tens of points from iteration to iteration (docs/results/playtable_transfer)
     critic_warmup 2 (iterations in which only the critic learns), reward_clip 10.0
 
 Where this differs from DPPO's code, on purpose:
-  * Truncation ends a trace and bootstraps from the last state of the same episode; DPPO bootstraps from the first state
-    of the next one and lets the trace run across the reset.
+  * Truncation ends a trace and bootstraps from the last state of the same episode, or not at all; DPPO bootstraps from
+    the first state of the next one and lets the trace run across the reset.
   * The return that scales the rewards is discounted with `discount`; DPPO has 0.99 there whatever the discount is.
   * Advantages are normalised once per iteration over all valid decisions of all devices; DPPO does so per minibatch
     (the same where a minibatch is everything, as in the papers).
@@ -58,6 +63,7 @@ class PPOState:
     """Training state of PPO; everything that an iteration changes."""
 
     params: ActorCritic
+    ema_actor: Params  # moving average of the actor over the iterations; this is the policy
     actor_optimizer_state: Any
     critic_optimizer_state: Any
     reward_scale: RewardScale
@@ -102,6 +108,7 @@ def init(rng: Array, base_policy_params: Params, state_dim: int, settings: Any) 
     actor_optimizer, critic_optimizer = optimizers(settings)
     return PPOState(
         params=ActorCritic(actor, critic_params),
+        ema_actor=jax.tree.map(jnp.copy, actor),
         actor_optimizer_state=actor_optimizer.init(actor),
         critic_optimizer_state=critic_optimizer.init(critic_params),
         reward_scale=RewardScale(*jnp.array([0.0, 1e-4, 1e-4])),  # DPPO's prior: variance 1, seen 1e-4 times
@@ -293,9 +300,11 @@ def prepare(
     )
     feature = jnp.concatenate([episodes.feature, episodes.last_feature[None]])
     value = critic(settings).apply(state.params.critic, feature)
-    ends = (episodes.terminated, episodes.truncated)
+    terminated, truncated = episodes.terminated, episodes.truncated
+    if not settings.bootstrap_at_limit:
+        terminated, truncated = terminated | truncated, jnp.zeros_like(truncated)
     advantage, target = gae(
-        reward, value[:-1], value[1:], *ends, discount=settings.discount, gae_lambda=settings.gae_lambda
+        reward, value[:-1], value[1:], terminated, truncated, discount=settings.discount, gae_lambda=settings.gae_lambda
     )
     mean, variance, count = valid_moments(advantage, episodes.valid, axis_name)
     normalised = (advantage - mean) / (jnp.maximum(jnp.sqrt(variance), settings.min_advantage_std) + 1e-8)
@@ -378,4 +387,6 @@ def learn(
     static = {"policy_settings": policy_settings, "settings": settings, "axis_name": axis_name}
     decisions, scale, rollout_metrics = prepare(state, episodes, base_policy_params, **static)
     state, metrics = update(state, decisions, base_policy_params, rng, **static)
-    return state.replace(reward_scale=scale, iteration=state.iteration + 1), {**rollout_metrics, **metrics}
+    ema_actor = optax.incremental_update(state.params.actor, state.ema_actor, 1 - settings.ema_decay)
+    state = state.replace(ema_actor=ema_actor, reward_scale=scale, iteration=state.iteration + 1)
+    return state, {**rollout_metrics, **metrics}

@@ -154,6 +154,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "discount": 0.999,  # WAM, per decision
             "gae_lambda": 0.95,  # WAM
             "denoising_discount": 0.99,  # DPPO
+            "bootstrap_at_limit": True,  # DPPO; False: ours, an episode that runs out of time is worth 0
             "clip_last": 0.01,  # DPPO, at the last denoising step
             "clip_noisiest": 0.001,  # DPPO
             "clip_rate": 3.0,  # DPPO
@@ -162,6 +163,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "target_kl": 1.0,  # DPPO
             "reward_clip": 10.0,  # DPPO
             "min_advantage_std": 0.0,  # ours; 1.0 keeps the actor still where nearly all rollouts succeed
+            "ema_decay": 0.0,  # ours; above 0 the policy is the actor's moving average over the iterations
             "tasks_at_once": 1,  # tasks that are fine-tuned as one program; 8 keep an accelerator busier than 1
             "updates_per_call": 1,
             "save_every": 25,

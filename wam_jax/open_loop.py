@@ -106,7 +106,7 @@ def held_out(fitted: Probes, windows: Windows, features: np.ndarray) -> dict[str
         "state from latents": _figures(fitted.state(features), windows.state, probes.STATE),
         "action from latents": _figures(fitted.latent_action(pairs(features)), action, probes.ACTION),
         "action from embeddings": _figures(fitted.embedding_action(pairs(windows.embedding)), action, probes.ACTION),
-        "penalties": {name: probe.penalty for name, probe in fitted._asdict().items()},
+        "penalties": {name: probe.penalty.tolist() for name, probe in fitted._asdict().items()},
     }
 
 

@@ -78,7 +78,7 @@ class Probe:
 
     weights: np.ndarray  # float64 [F, K]
     bias: np.ndarray  # float64 [K]
-    penalty: float
+    penalty: np.ndarray  # float64 [K], of each target's own fit
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Decodes [..., F] to float64 [..., K]."""
@@ -88,15 +88,15 @@ class Probe:
 def fit(features: np.ndarray, targets: np.ndarray) -> Probe:
     """Ridge regression, (X'X / n + penalty) w = X'y / n on standardised features, in closed form.
 
-    The penalty is the one of PENALTIES that errs least, over all targets in units of their deviation, on every fifth
-    stretch of rows, which the fit does not see.
+    Each target's penalty is the one of PENALTIES that errs least on every fifth stretch of rows, which the fit does not
+    see: what one feature says outright needs none, what all of them say together needs much.
 
     Args:
       features: [N, F], rows in their order in time.
       targets: [N, K].
 
     Raises:
-      ValueError: fewer rows than `_HELD_OUT` stretches.
+      ValueError: too few rows to hold some out, or a number that is not finite.
     """
     features, targets = np.asarray(features, np.float64), np.asarray(targets, np.float64)
     if len(features) < 2 * _HELD_OUT:
@@ -110,16 +110,13 @@ def fit(features: np.ndarray, targets: np.ndarray) -> Probe:
     rows, centred = (features[~held] - mean) / scale, targets[~held] - target_mean
     gram, moment = rows.T @ rows / len(rows), rows.T @ centred / len(rows)
     held_rows, held_targets = (features[held] - mean) / scale, targets[held] - target_mean
-    spread = np.maximum(centred.std(axis=0), _MIN_STD)
-    best, least = None, np.inf
-    for penalty in PENALTIES:
-        weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), moment)
-        error = np.square((held_rows @ weights - held_targets) / spread).mean()
-        if error < least:
-            best, least = (weights / scale[:, None], penalty), error
-    assert best is not None, "every penalty gave an error that is no number"
-    weights, penalty = best
-    return Probe(weights, target_mean - mean @ weights, penalty)
+    weights = np.stack([np.linalg.solve(gram + penalty * np.eye(len(gram)), moment) for penalty in PENALTIES])
+    error = np.square(held_rows @ weights - held_targets).mean(axis=1)  # [penalties, K]
+    if not np.isfinite(error).all():
+        raise ValueError("a probe's features or targets hold a number that is not finite")
+    best = error.argmin(axis=0)
+    chosen = weights[best, :, np.arange(len(best))].T / scale[:, None]
+    return Probe(chosen, target_mean - mean @ chosen, np.array(PENALTIES)[best])
 
 
 def squared_error(decoded: np.ndarray, targets: np.ndarray, quantities: Sequence[Quantity]) -> np.ndarray:

@@ -159,6 +159,8 @@ def _check_rollouts(settings: ConfigDict) -> None:
     for key, choices in (("rollouts", ("imagination", "environment")), ("starts", ("demonstrations", "play", "both"))):
         if settings[key] not in choices:
             raise ValueError(f"config.ppo.{key}={settings[key]!r}; expected one of {', '.join(choices)}")
+    if settings.ema_decay == 1:
+        raise ValueError("config.ppo.ema_decay=1.0 keeps the cloned policy for ever; expected less, e.g. 0.9")
     if settings.min_start_step > settings.max_start_step:
         raise ValueError(
             f"config.ppo.min_start_step={settings.min_start_step} exceeds max_start_step={settings.max_start_step}"

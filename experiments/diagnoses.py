@@ -49,7 +49,7 @@ def settings(config, workdir: str, options: Options, part: str) -> dict[str, Any
     """What every unit of a part was made with; figures made with other values cannot stand beside them."""
     made_by = {"world_model_sha256": _digest(train_world_model.load(config, workdir)[1])}
     windows = {name: getattr(options, name) for name in ("contexts", "horizons", "train_windows", "num_windows")}
-    windows["penalties"] = probes.PENALTIES
+    windows["penalties_of_each_target"] = probes.PENALTIES
     if part == "open_loop":
         return made_by | windows
     if part == "trust":

@@ -350,8 +350,9 @@ def train_ppo(config, workdir, warmup):
 
     def iteration(state, inputs, rng, **static):
         moved = jax.tree.map(lambda x: x + (state.iteration >= warmup), state.params.actor)
-        state = state.replace(params=state.params.replace(actor=moved), ema_actor=moved)
-        return state.replace(iteration=state.iteration + 1), {"imagined_success": jnp.float32(0)}
+        state = state.replace(params=state.params.replace(actor=jax.tree.map(lambda x: x + 9, moved)))
+        average = jax.tree.map(lambda x: x + (state.iteration >= warmup), state.ema_actor)
+        return state.replace(ema_actor=average, iteration=state.iteration + 1), {"imagined_success": jnp.float32(0)}
 
     starts = helpers.make_latents(0, (2,), config.world_model)
     with (

@@ -55,6 +55,7 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("world_model.learning_rate", float("nan"), "config.world_model.learning_rate=nan; expected a number above 0"),
         ("world_model.kl_weight", float("inf"), "config.world_model.kl_weight=inf; expected a number above 0"),
         ("world_model.open_loop_weight", -1.0, "config.world_model.open_loop_weight=-1.0; expected a number of 0 or"),
+        ("ppo.ema_decay", 1.0, "ppo.ema_decay=1.0 keeps the cloned policy for ever"),
         ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
         ("policy.kind", "normal", "config.policy.kind='normal'; expected 'diffusion' or 'gaussian'"),
         ("policy.compute_dtype", "half", "config.policy.compute_dtype='half'; expected"),

@@ -164,6 +164,14 @@ def test_an_episode_that_runs_out_of_time_is_worth_nothing_or_what_its_last_stat
     assert (np.abs(worth) > 1e-4).all() and (nothing == 0).all()
 
 
+def test_success_at_the_limit_is_success_either_way():
+    worth, nothing = (
+        collect_decisions(-99.0, horizon=1, bootstrap_at_limit=bootstrap).value_target for bootstrap in (True, False)
+    )
+    np.testing.assert_array_equal(worth, nothing)
+    assert (np.asarray(nothing) > 0.5).all()
+
+
 def test_reward_scale_is_the_variance_of_all_valid_returns():
     rng = np.random.default_rng(1)
     settings, batches = make_settings(discount=0.9), []
@@ -294,12 +302,14 @@ def test_learns_a_trivial_task_with_one_trace(policy, goal):
 
 
 def test_the_policy_is_the_average_of_the_actor_over_the_iterations():
-    static = {"policy_settings": POLICY_SETTINGS, "settings": make_settings(ema_decay=0.75, critic_warmup=0)}
+    static = {"policy_settings": POLICY_SETTINGS, "settings": make_settings(ema_decay=0.9, critic_warmup=1)}
     iterate = jax.jit(functools.partial(ppo.iteration, imagine_step=imagine_step, reward_rule=reward_rule, **static))
     state, expected = make_state(), make_policy()
+    state, _ = iterate(state, make_inputs(goal=0.4), jax.random.key(9))
+    chex.assert_trees_all_equal(state.ema_actor, expected)  # the critic warms up
     for i in range(2):
         state, _ = iterate(state, make_inputs(goal=0.4), jax.random.key(i))
-        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, expected, state.params.actor)
+        expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, expected, state.params.actor)
     chex.assert_trees_all_close(state.ema_actor, expected, rtol=1e-6)
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.ema_actor, state.params.actor)
     assert max(jax.tree.leaves(moved)) > 1e-3

@@ -131,7 +131,8 @@ class Checkpointer:
         names = ", ".join(f"{key}={old!r} there, {new!r} here" for key, (old, new) in sorted(different.items()))
         raise ValueError(
             f"the checkpoint {self.directory}/{step} is of another size ({names or 'the settings agree'}); use the "
-            "config it was trained with, or another --workdir"
+            "config it was trained with, or another --workdir; what an earlier version wrote is trained anew once "
+            f"{self.directory} is deleted"
         )
 
 

@@ -8,8 +8,8 @@ Keys of `settings` (the papers' values), besides those of imagination.py:
     critic_hidden_dim 256, critic_num_blocks 1
     discount 0.999, gae_lambda 0.95 (both per decision), denoising_discount 0.99 (per denoising step)
     bootstrap_at_limit True: an episode that the time limit ends is worth what its last state is worth; False: 0. With
-        discounts near 1 and success as the only other end, True lets every value drift up to that of success: failing
-        costs nothing, and the advantages die out (docs/results/playtable_transfer measures it)
+        discounts near 1 and success as the only other end, True lets values drift up to that of success, and failing
+        comes to cost little (docs/results/playtable_transfer). The critic does not see the time, either way
     clip_noisiest 0.001, clip_last 0.01, clip_rate 3.0: half-width of the ratio's clip, from step F-1 to step 0
     value_weight 0.5, bc_weight 0.025, target_kl 1.0
     actor_learning_rate 1e-5, critic_learning_rate 1e-3, weight_decay 0.0
@@ -17,8 +17,8 @@ Keys of `settings` (the papers' values), besides those of imagination.py:
     min_advantage_std 0.0: advantages (in scaled reward) are divided by their standard deviation, or by this if more.
         Where nearly every rollout succeeds, advantages are the critic's errors (docs/results/playtable measures it)
     epochs 10, batch_size 7500 (decisions per device and gradient step; all of them where there are fewer)
-    ema_decay 0.0: the policy is the actor's moving average, updated once an iteration; 0: the actor as it is. Success
-        swings by tens of points from iteration to iteration (docs/results/playtable_transfer)
+    ema_decay 0.0: the policy is the actor's moving average, updated once an iteration and begun at the cloned policy;
+        0: the actor as it is. Rollouts are always the actor's
     critic_warmup 2 (iterations in which only the critic learns), reward_clip 10.0
 
 Where this differs from DPPO's code, on purpose:
@@ -375,7 +375,7 @@ def learn(
 
     Args:
       state: training state.
-      episodes: H decisions of B episodes, by the state's policy.
+      episodes: H decisions of B episodes, by `state.params.actor`.
       base_policy_params: of the frozen base policy.
       rng: one key.
       policy_settings, settings: see diffusion_policy and the module.
@@ -387,6 +387,8 @@ def learn(
     static = {"policy_settings": policy_settings, "settings": settings, "axis_name": axis_name}
     decisions, scale, rollout_metrics = prepare(state, episodes, base_policy_params, **static)
     state, metrics = update(state, decisions, base_policy_params, rng, **static)
-    ema_actor = optax.incremental_update(state.params.actor, state.ema_actor, 1 - settings.ema_decay)
+    averaged = optax.incremental_update(state.params.actor, state.ema_actor, 1 - settings.ema_decay)
+    # Not before the actor moves: the average of equal numbers is rounded, and would no longer be the cloned policy.
+    ema_actor = _select(state.iteration >= settings.critic_warmup, averaged, state.ema_actor)
     state = state.replace(ema_actor=ema_actor, reward_scale=scale, iteration=state.iteration + 1)
     return state, {**rollout_metrics, **metrics}

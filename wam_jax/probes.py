@@ -113,7 +113,10 @@ def fit(features: np.ndarray, targets: np.ndarray) -> Probe:
     weights = np.stack([np.linalg.solve(gram + penalty * np.eye(len(gram)), moment) for penalty in PENALTIES])
     error = np.square(held_rows @ weights - held_targets).mean(axis=1)  # [penalties, K]
     if not np.isfinite(error).all():
-        raise ValueError("a probe's features or targets hold a number that is not finite")
+        raise ValueError(
+            f"a probe erred by {error.max()}: its features or targets hold numbers that are not finite; look for them "
+            "in the dataset and in the world model's losses"
+        )
     best = error.argmin(axis=0)
     chosen = weights[best, :, np.arange(len(best))].T / scale[:, None]
     return Probe(chosen, target_mean - mean @ chosen, np.array(PENALTIES)[best])

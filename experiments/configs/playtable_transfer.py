@@ -5,9 +5,9 @@ and, for the baseline, --config=experiments/configs/playtable_transfer.py:dreame
 Both methods get the same play, demonstrations and number of updates. Scores: docs/results/playtable_transfer/.
 The quickstart's networks. Beside what the quickstart says of itself, it differs from the paper in `robot_state`; the KL
 weighs the paper's 3, and imagination samples z, as the paper does. Cloning from eight demonstrations leaves room for
-PPO, which differs from the papers' in more: its steps are ten times DPPO's, imagination starts from attempts of play,
-too, an episode that runs out of time is worth nothing, each rollout is learned from once, and the policy is the actor's
-average.
+PPO, which differs from the papers' in five things: its steps are ten times DPPO's; imagination starts from attempts of
+play as well as from demonstrations; an episode that runs out of time is worth nothing; each rollout is learned from
+once; the policy is the actor's average.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config(method: str = "wam") -> ConfigDict:
         num_iterations=80,
         num_rollouts=192,
         starts="both",
-        bootstrap_at_limit=False,  # the cause of what PPO lost in imagination: docs/results/playtable_transfer/
+        bootstrap_at_limit=False,  # failing has to cost something: docs/results/playtable_transfer/
         epochs=1,
         batch_size=576,
         actor_learning_rate=3e-4,

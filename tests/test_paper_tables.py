@@ -242,6 +242,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         ("playtable_transfer/limit_bootstraps_drawer", "differences", (".",)),
         ("playtable_transfer/limit_is_failure", "differences", (".",)),
         ("playtable_transfer/wam_1", "differences", (".",)),
+        ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
     ],
 )
 def test_the_published_tables_are_those_of_the_command(name, table, runs):

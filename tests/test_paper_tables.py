@@ -241,6 +241,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         ("playtable_transfer/sampled", "differences", (".",)),
         ("playtable_transfer/limit_bootstraps_drawer", "differences", (".",)),
         ("playtable_transfer/limit_is_failure", "differences", (".",)),
+        ("playtable_transfer", "differences", ("dreamer_v2_1", "wam_1")),
         ("playtable_transfer/wam_1", "differences", (".",)),
         ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
     ],

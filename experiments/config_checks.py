@@ -155,7 +155,7 @@ def _check_agreement(config: ConfigDict) -> None:
 
 
 def _check_rollouts(settings: ConfigDict) -> None:
-    """Checks where PPO's rollouts come from."""
+    """Checks where PPO's rollouts come from and that its policy can move."""
     for key, choices in (("rollouts", ("imagination", "environment")), ("starts", ("demonstrations", "play", "both"))):
         if settings[key] not in choices:
             raise ValueError(f"config.ppo.{key}={settings[key]!r}; expected one of {', '.join(choices)}")

@@ -321,7 +321,7 @@ def test_a_broken_diagnosis_goes_on_and_figures_of_other_options_are_refused(mon
 @pytest.mark.parametrize(
     ("part", "module", "name", "value", "message"),
     [
-        ("open_loop", probes, "PENALTIES", (1.0,), "penalties=[1e-08, .* not [1.0]"),
+        ("open_loop", probes, "PENALTIES", (1.0,), "penalties_of_each_target=[1e-08, .* not [1.0]"),
         ("trust", trust, "HOLD", 7, "held_steps=12, not 7"),
         ("divergence", replay, "PARTING", 4.0, "parting_cm=3.0, not 4.0"),
         ("classifier", None, "", None, "world_model_sha256='"),

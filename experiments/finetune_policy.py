@@ -73,8 +73,9 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
         parallel.compile_updates(x, devices, num_updates=settings.updates_per_call) for x in (update, several)
     )
     rewards = {task: train_reward.load(config, workdir, task) for task in base_policies}  # what is missing is named now
+    frozen = world_model.imagination_params(model, world_model_params)
     inputs = {
-        task: imagination.ImaginationInputs(bank, world_model_params, rewards[task], base_policies[task])
+        task: imagination.ImaginationInputs(bank, frozen, rewards[task], base_policies[task])
         for task, bank in _trusted_starts(config, workdir, rewards).items()
     }
     for task in base_policies.keys() - inputs.keys():

@@ -227,7 +227,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
         reward_params = train_reward.initial_state(config, config.tasks[0]).params
     inputs = ImaginationInputs(
         start=made_up.latents(config, 64),
-        world_model_params=params,
+        world_model_params=world_model.imagination_params(model, params),
         reward_params=reward_params,
         base_policy_params=base_policy,
     )

@@ -161,9 +161,9 @@ class Drawer:
         return expert, action
 
 
-def sample_mode(logits, rng):
+def sample_mode(logits, noise):
     """Stands in for `sample_stochastic` where noise would be in the way: the likeliest class, straight-through."""
-    del rng
+    del noise
     probability = jax.nn.softmax(logits)
     mode = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     return mode + probability - jax.lax.stop_gradient(probability)

@@ -1,4 +1,4 @@
-"""Convolutions as matrix products are Flax's convolutions: parameters, outputs and gradients."""
+"""Convolutions in the form that each backend takes are Flax's: parameters, outputs and gradients."""
 
 from unittest import mock
 
@@ -20,8 +20,16 @@ LAYERS = [  # image size, kernel size: every pair of LUMOS' encoder and decoder
 ]
 
 
+FORMS = {  # backends that take them
+    "matrix": {"MATRIX_BACKENDS": ("cpu",), "SQUARES_BACKENDS": ()},
+    "squares": {"MATRIX_BACKENDS": (), "SQUARES_BACKENDS": ("cpu",)},
+    "xla": {"MATRIX_BACKENDS": (), "SQUARES_BACKENDS": ()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("layer", "size", "kernel_size"), LAYERS)
-def test_equals_flax(layer, size, kernel_size):
+def test_equals_flax(layer, size, kernel_size, form):
     x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
     fast = layer(4, kernel_size, dtype=jnp.float32)
     plain = PLAIN[layer](4, (kernel_size,) * 2, (2, 2), padding="VALID", kernel_init=xavier)
@@ -36,7 +44,9 @@ def test_equals_flax(layer, size, kernel_size):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
 
-    helpers.assert_close_to_largest(compute(fast), compute(plain))
+    with mock.patch.multiple(convolution, **FORMS[form]):
+        computed = compute(fast)
+    helpers.assert_close_to_largest(computed, compute(plain))
 
 
 def test_blocks_of_images_change_nothing():

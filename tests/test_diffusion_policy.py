@@ -121,7 +121,7 @@ def test_a_state_used_for_many_steps_equals_concatenation_in_value_and_gradient(
 
     def once_a_state(params):
         condition = network.apply(params, state, method="condition")[:, None]
-        return network.apply(params, chunk, step, condition)
+        return network.apply(params, chunk, condition + network.apply(params, step, method="time"))
 
     def once_a_pair(params):
         steps = jnp.broadcast_to(step, (2, 5, 3)).reshape(-1)
@@ -141,7 +141,9 @@ def test_mish_equals_its_definition_in_value_and_gradient():
         np.testing.assert_allclose(jax.jit(fast)(x), jax.jit(plain)(x), rtol=1e-5, atol=1e-6)
 
 
-def test_one_hot_samples_are_as_frequent_as_their_logits_say():
+@pytest.mark.parametrize("matrix_backends", [("cpu",), ()])
+def test_one_hot_samples_are_as_frequent_as_their_logits_say(matrix_backends, monkeypatch):
+    monkeypatch.setattr(categorical, "MATRIX_BACKENDS", matrix_backends)
     logits = jnp.array([[0.0, 1.0, -1.0, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, 3.0]])
     drawn = jax.jit(categorical.sample_one_hot)(jnp.broadcast_to(logits, (40_000, 2, 4)), jax.random.key(0))
     np.testing.assert_array_equal(drawn.sum(-1), 1)
@@ -233,7 +235,8 @@ def test_log_prob_scores_the_distribution_that_the_sampler_draws_from():
     def score(params, chain):
         conditioned = diffusion_policy.condition(params, feature, settings=settings)
         transition = functools.partial(diffusion_policy.transition, explore=True, settings=settings)
-        means = [transition(params, conditioned, chain[:, i], jnp.asarray(t)).loc for i, t in enumerate(steps)]
+        at_steps = functools.partial(diffusion_policy.at_steps, params, conditioned, settings=settings)
+        means = [transition(params, at_steps(t), chain[:, i], t).loc for i, t in enumerate(jnp.asarray(steps))]
         return jnp.stack(means, 1), diffusion_policy.log_prob(params, conditioned, chain, settings=settings)
 
     means, scores = score(params, chain)

@@ -42,7 +42,11 @@ def imagine_step(params, latent, action, rng):
     """h = (position, steps taken, last gripper command); z is drawn uniformly."""
     position, steps = latent.deterministic[:, 0], latent.deterministic[:, 1]
     deterministic = jnp.stack([position + params["gain"] * action[:, 0], steps + 1, action[:, -1]], axis=-1)
-    return LatentState(deterministic, latent.logits, rssm.sample_stochastic(latent.logits, rng))
+    return LatentState(
+        deterministic,
+        latent.logits,
+        rssm.sample_stochastic(latent.logits, rssm.stochastic_noise(rng, latent.logits.shape[:-1])),
+    )
 
 
 def reward_rule(params, feature, first_feature, count):

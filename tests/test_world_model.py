@@ -152,7 +152,7 @@ def test_open_loop_segments_start_from_posteriors_alone():
 
 def test_samples_are_one_hot_and_follow_the_logits():
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.7, 0.2, 0.1])), (20_000, 1, 3))
-    z = rssm.sample_stochastic(logits, jax.random.key(0))
+    z = rssm.sample_stochastic(logits, rssm.stochastic_noise(jax.random.key(0), logits.shape[:-1]))
     np.testing.assert_array_equal(z.sum(-1), 1)
     np.testing.assert_array_equal(z.max(-1), 1)
     np.testing.assert_allclose(z.mean((0, 1)), [0.7, 0.2, 0.1], atol=0.02)
@@ -160,7 +160,7 @@ def test_samples_are_one_hot_and_follow_the_logits():
 
 def test_gradients_pass_through_samples():
     def first_entry(logits):
-        return rssm.sample_stochastic(logits, jax.random.key(0))[0, 0]
+        return rssm.sample_stochastic(logits, jnp.full(1, 0.5))[0, 0]
 
     logits = jnp.array([[0.3, -0.2, 0.9]])
     probability = jax.nn.softmax(logits)[0]

@@ -57,7 +57,7 @@ def scale_reward(
         so_far = reward + settings.discount * so_far
         return so_far, so_far
 
-    _, returns = lax.scan(forward, jnp.zeros_like(reward[0]), reward)
+    _, returns = lax.scan(forward, jnp.zeros_like(reward[0]), reward, unroll=True)
     mean, variance, count = valid_moments(returns, valid, axis_name)
     total, shift = scale.count + count, mean - scale.mean
     squares = scale.squares + variance * jnp.maximum(count - 1, 0) + shift**2 * scale.count * count / total
@@ -99,5 +99,5 @@ def gae(
         advantage = delta + decay * following
         return advantage, advantage
 
-    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True)
+    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True, unroll=True)
     return advantage, advantage + value

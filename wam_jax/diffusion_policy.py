@@ -46,6 +46,7 @@ COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
 MIN_FEATURE_STD = 0.02  # added, so that entries that hardly move in the demonstrations are not blown up
 _CONSTANTS = "standardized"  # the network's parameters that are constants of the demonstrations
+_FLOAT32 = (_CONSTANTS, "time_hidden", "time_out")  # and those that are used in float32 whatever the compute dtype
 LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
 
 
@@ -224,7 +225,7 @@ def update(
         optimizer_state=optimizer_state,
         step=state.step + 1,
     )
-    return state, {**metrics, "gradient_norm": optax.global_norm(grads)}
+    return state, {**metrics, "gradient_norm": optax.tree.norm(grads)}
 
 
 def update_from_bank(
@@ -237,9 +238,23 @@ def update_from_bank(
     return update(state, batch, update_rng, settings=settings, axis_name=axis_name)
 
 
+def in_compute_dtype(params: Any, *, settings: Any) -> Any:
+    """Parameters of networks as their layers use them: for loops, out of which compilers do not take the conversion."""
+
+    def cast(path, x):
+        return x if any(getattr(key, "key", None) in _FLOAT32 for key in path) else x.astype(settings.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def condition(params: Params, feature: Array, *, settings: Any) -> Array:
     """What the network needs of the state, once a decision: [..., state_dim] -> [..., hidden]."""
     return network(settings).apply(params, feature, method="condition")
+
+
+def at_steps(params: Params, conditioned: Array, step: Array, *, settings: Any) -> Array:
+    """Adds to `condition` [..., hidden] what the network needs of denoising steps, int [...]; their axes broadcast."""
+    return conditioned + network(settings).apply(params, step, method="time")
 
 
 def transition(
@@ -249,7 +264,7 @@ def transition(
 
     Args:
       params: of the network.
-      conditioned: [..., hidden], from `condition`.
+      conditioned: [..., hidden], from `condition`, then `at_steps` t.
       noisy_chunk: [..., C, A], x_t.
       step: int [...], t; leading axes broadcast.
       explore: whether the standard deviation is floored for exploration.
@@ -263,7 +278,7 @@ def transition(
     def at_step(values):
         return values[step][..., None, None]
 
-    predicted = network(settings).apply(params, noisy_chunk, step, conditioned)
+    predicted = network(settings).apply(params, noisy_chunk, conditioned)
     if settings.kind == "gaussian":
         clean = predicted
     else:
@@ -331,15 +346,21 @@ def redraw(params: Params, conditioned: Array, start: Array, rng: Array, *, sett
 
 
 def _denoise(params, conditioned, noisy_chunk, steps_and_noise, explore, settings) -> Array:
-    """The output of each denoising step of one network, [J, B, C, A], for steps [J] and noise [J, B, C, A]."""
+    """The output of each denoising step of one network, [J, B, C, A], for steps [J] and noise [J, B, C, A].
 
-    def body(noisy_chunk, step_and_noise):
-        step, noise = step_and_noise
-        normal = transition(params, conditioned, noisy_chunk, step, explore=explore, settings=settings)
+    What does not depend on the chunk is computed before the loop, where compilers leave it: on a GPU a third of a step.
+    """
+    steps, noise = steps_and_noise
+    conditioned = at_steps(params, conditioned, steps[:, None], settings=settings)
+    in_loop = in_compute_dtype(params, settings=settings)
+
+    def body(noisy_chunk, x):
+        conditioned, step, noise = x
+        normal = transition(in_loop, conditioned, noisy_chunk, step, explore=explore, settings=settings)
         noisy_chunk = normal.loc + normal.scale * noise
         return noisy_chunk, noisy_chunk
 
-    return lax.scan(body, noisy_chunk, steps_and_noise)[1]
+    return lax.scan(body, noisy_chunk, (conditioned, steps, noise))[1]
 
 
 def act(params: PolicyParams, feature: Array, rng: Array, *, settings: Any) -> Array:
@@ -364,7 +385,8 @@ def log_prob(params: Params, conditioned: Array, chain: Array, *, settings: Any)
     """
     noisy, cleaner = chain[..., :-1, :, :], chain[..., 1:, :, :]
     steps = finetuned_steps(settings)
-    normal = transition(params, conditioned[:, None], noisy, steps, explore=True, settings=settings)
+    conditioned = at_steps(params, conditioned[:, None], steps, settings=settings)
+    normal = transition(params, conditioned, noisy, steps, explore=True, settings=settings)
     element = jnp.clip(normal.log_prob(cleaner), LOG_PROB_MIN, LOG_PROB_MAX)
     return jnp.mean(element, axis=(-2, -1))
 

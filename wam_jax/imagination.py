@@ -183,6 +183,7 @@ def rollout(
         )  # fmt: skip
         return next_state, (feature, chain, reward, terminated, truncated, ~state.done)
 
+    policy = diffusion_policy.in_compute_dtype(policy, settings=policy_settings)
     reset_rng, decision_rng = jax.random.split(rng)
     state = reset(inputs.start, reset_rng, policy_settings=policy_settings, settings=settings)
     last_state, decisions = lax.scan(decide, state, jax.random.split(decision_rng, settings.horizon))

@@ -218,7 +218,7 @@ def _gradient_step(
         actor_optimizer_state=actor_optimizer_state,
         critic_optimizer_state=critic_optimizer_state,
     )
-    return state, {**metrics, "actor_gradient_norm": optax.global_norm(grads.actor)}
+    return state, {**metrics, "actor_gradient_norm": optax.tree.norm(grads.actor)}
 
 
 def _minibatch_rows(rng: Array, num_decisions: int, settings: Any) -> Array:

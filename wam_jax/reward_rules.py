@@ -61,5 +61,5 @@ def in_a_row(
         count = jnp.where(positive, count + 1, 0)
         return count, count >= consecutive
 
-    count, success = lax.scan(add, count, verdict(params, feature, first_feature))
+    count, success = lax.scan(add, count, verdict(params, feature, first_feature), unroll=True)
     return success, count

@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from wam_jax import inverse_dynamics, specs
 from wam_jax.networks import recurrence
 from wam_jax.networks.decoder import Decoder
 from wam_jax.networks.encoder import Encoder
 from wam_jax.networks.layers import MLP
-from wam_jax.networks.rssm import RSSM, feature, sample_stochastic
+from wam_jax.networks.rssm import RSSM, feature, sample_stochastic, stochastic_noise
 from wam_jax.types import Array, LatentState, Observation, Params
 
 
@@ -143,7 +142,18 @@ def observe_step(
     embedding = embed(model, params, observation)
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
     robot = _measured_robot(model, embedding)
-    return _posterior_step(model, params, latent, projected_action, projected_embedding, robot, rng)
+    noise = _noise(model, rng, len(action))
+    return _posterior_step(model, params, latent, projected_action, projected_embedding, robot, noise)
+
+
+def _noise(model, rng, batch_size: int) -> Array:
+    """For z of one step, [B, S]."""
+    return stochastic_noise(rng, (batch_size, model.settings.num_latents))
+
+
+def _noise_of_steps(model, rng, length: int, batch_size: int) -> Array:
+    """For z of T steps, each from a key of its own, [T, B, S]: drawn before a loop, where it is one kernel, not T."""
+    return jax.vmap(lambda key: _noise(model, key, batch_size))(jax.random.split(rng, length))
 
 
 def _project_action(model, params, action, robot) -> Array:
@@ -159,10 +169,10 @@ def _measured_robot(model, embedding) -> Array | None:
     return embedding[..., -specs.PROPRIOCEPTION_DIM :].astype(jnp.float32) if model.settings.robot_state else None
 
 
-def _posterior_step(model, params, latent, projected_action, projected_embedding, robot, rng) -> LatentState:
+def _posterior_step(model, params, latent, projected_action, projected_embedding, robot, noise) -> LatentState:
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     logits = _rssm(model, params, "posterior_logits", hidden, projected_embedding)
-    return LatentState(hidden, logits, sample_stochastic(logits, rng), robot)
+    return LatentState(hidden, logits, sample_stochastic(logits, noise), robot)
 
 
 def imagine_step(model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array) -> LatentState:
@@ -170,10 +180,11 @@ def imagine_step(model: WorldModel, params: Params, latent: LatentState, action:
 
     z is sampled; with `settings.soft_prior` it is the prior's probabilities, its expectation, and `rng` has no effect.
     """
-    return _prior_step(model, params, latent, _rssm(model, params, "project_action", action), rng)
+    noise = _noise(model, rng, len(action))
+    return _prior_step(model, params, latent, _rssm(model, params, "project_action", action), noise)
 
 
-def _prior_step(model, params, latent, projected_action, rng) -> LatentState:
+def _prior_step(model, params, latent, projected_action, noise) -> LatentState:
     robot = latent.robot
     if robot is not None:
         projected_action = projected_action + _rssm(model, params, "project_robot", robot)
@@ -182,7 +193,7 @@ def _prior_step(model, params, latent, projected_action, rng) -> LatentState:
         robot = robot + _rssm(model, params, "robot_change", hidden, projected_action)
     logits = _rssm(model, params, "prior_logits", hidden)
     soft = model.settings.soft_prior
-    return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, rng), robot)
+    return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, noise), robot)
 
 
 def observe(model: WorldModel, params: Params, embedding: Array, action: Array, rng: Array) -> LatentState:
@@ -206,13 +217,13 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     projected_action = _project_action(model, params, previous_action, previous_robot)
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
 
-    def step(rssm_params, latent, inputs, rng):
-        latent = _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, rng)
-        return latent, latent
+    def step(rssm_params, latent, inputs, noise):
+        return _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, noise)
 
     time_major = jax.tree.map(lambda x: x.swapaxes(0, 1), (projected_action, projected_embedding, robot))
     start = initial(model, params, batch_size)
-    _, latents = recurrence.scan(step, params["rssm"], start, time_major, jax.random.split(rng, length))
+    noise = _noise_of_steps(model, rng, length, batch_size)
+    latents = recurrence.scan(step, params["rssm"], start, time_major, noise, dtype=model.rssm.dtype)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
 
 
@@ -229,13 +240,18 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
       prior states after each action, [B, H, ...].
     """
 
-    def step(latent, inputs):
-        latent = _prior_step(model, params, latent, *inputs)
-        return latent, latent
+    def step(rssm_params, latent, projected_action, noise):
+        return _prior_step(model, {"rssm": rssm_params}, latent, projected_action, noise)
 
     projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
-    _, latents = lax.scan(step, latent, (projected_action, jax.random.split(rng, action.shape[1])))
+    noise = _noise_of_steps(model, rng, action.shape[1], action.shape[0])
+    latents = recurrence.scan(step, params["rssm"], latent, projected_action, noise, dtype=model.rssm.dtype)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
+
+
+def imagination_params(model: WorldModel, params: Params) -> Params:
+    """What `imagine_step` reads of a frozen model's parameters, kernels in the dtype that they are used in."""
+    return {"rssm": recurrence.cast_kernels(params["rssm"], model.rssm.dtype)}
 
 
 def prior_logits(model: WorldModel, params: Params, latent: LatentState) -> Array:

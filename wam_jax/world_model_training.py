@@ -177,7 +177,7 @@ def update(
     """One gradient step of `loss`, averaged over the devices of `axis_name`."""
     gradients, metrics = jax.grad(functools.partial(loss, model=model), has_aux=True)(state.params, batch, rng)
     gradients = pmean(gradients, axis_name)
-    metrics = pmean(metrics | {"gradient_norm": optax.global_norm(gradients)}, axis_name)
+    metrics = pmean(metrics | {"gradient_norm": optax.tree.norm(gradients)}, axis_name)
     updates, optimizer_state = make_optimizer(model.settings).update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return WorldModelState(params, optimizer_state, state.step + 1), metrics

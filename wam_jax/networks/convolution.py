@@ -20,6 +20,7 @@ Not measured elsewhere yet: any other backend than those of MATRIX_BACKENDS take
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +31,7 @@ from jax import Array, lax
 from wam_jax.networks.layers import xavier
 
 MATRIX_BACKENDS = ("cpu",)
+SQUARES_BACKENDS = ("gpu",)
 # Windows of a block of images, which should stay in a cache until they are multiplied; but the sum of the kernel's
 # gradient passes through memory once a block. Both gradients of decoder 3, ms an image: 1.3 with 0.5 million numbers a
 # block, 2.1 with 1.5 million; of encoder 4, with its large kernel, 0.66 and 0.43.
@@ -70,25 +72,85 @@ class ConvTranspose(_Layer):
 
 def convolve(x: Array, kernel: Array) -> Array:
     """[B, S, S, C] and [k, k, C, features] -> [B, s, s, features]."""
-    return _windows_to_channels(x, kernel) if jax.default_backend() in MATRIX_BACKENDS else _xla_convolve(x, kernel)
+    if jax.default_backend() in MATRIX_BACKENDS:
+        return _windows_to_channels(x, kernel)
+    if jax.default_backend() in SQUARES_BACKENDS and kernel.shape[0] % 2 == 0:
+        return convolve_squares(x, kernel)
+    return _xla_convolve(x, kernel, 2)
 
 
 def convolve_transposed(x: Array, kernel: Array) -> Array:
     """[B, s, s, C] and [k, k, C, features] -> [B, S, S, features]; the kernel's orientation is that of Flax and JAX."""
-    if jax.default_backend() not in MATRIX_BACKENDS:
-        return _xla_convolve_transposed(x, kernel)
+    kernel = kernel[::-1, ::-1].swapaxes(2, 3)  # as of the convolution that it is the transpose of
     if x.shape[1] == 1:  # one window, nothing overlaps: a linear layer
-        matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
-        return (x.reshape(x.shape[0], -1) @ matrix).reshape(-1, *kernel.shape[:2], kernel.shape[-1])
-    return _channels_to_windows(x, kernel[::-1, ::-1].swapaxes(2, 3))
+        matrix = kernel.reshape(-1, kernel.shape[-1]).T
+        return (x.reshape(x.shape[0], -1) @ matrix).reshape(-1, *kernel.shape[:3])
+    if jax.default_backend() in MATRIX_BACKENDS:
+        return _channels_to_windows(x, kernel)
+    if jax.default_backend() in SQUARES_BACKENDS:
+        return convolve_transposed_squares(x, kernel)
+    return _xla_transposed(x, kernel, 2)
 
 
-def _xla_convolve(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+# --- XLA's own ---
 
 
-def _xla_convolve_transposed(x: Array, kernel: Array) -> Array:
-    return lax.conv_transpose(x, kernel, (2, 2), "VALID")
+def _xla_convolve(x: Array, kernel: Array, stride: int) -> Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=numbers)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _xla_transposed(x: Array, kernel: Array, stride: int) -> Array:
+    """The transpose of `_xla_convolve`, written so that XLA finds cuDNN's kernels in all three directions.
+
+    From `lax.conv_transpose` it made convolutions over images spread with zeros, 5 GB of them an update, and kernel
+    gradients with batch and channels exchanged (as compiled for an H100).
+    """
+    size = stride * (x.shape[1] - 1) + kernel.shape[0]
+    image = jax.ShapeDtypeStruct((x.shape[0], size, size, kernel.shape[2]), x.dtype)
+    return jax.linear_transpose(lambda image: _xla_convolve(image, kernel, stride), image)(x)[0]
+
+
+def _xla_transposed_backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    kernel_gradient = jax.linear_transpose(lambda kernel: _xla_convolve(gradient, kernel, stride), kernel)(x)[0]
+    return _xla_convolve(gradient, kernel, stride), kernel_gradient
+
+
+_xla_transposed.defvjp(
+    lambda x, kernel, stride: (_xla_transposed(x, kernel, stride), (x, kernel)), _xla_transposed_backward
+)
+
+
+# --- Squares: 2 x 2 pixels as the channels of one, so that a stride of 2 is a stride of 1 ---
+
+
+def convolve_squares(x: Array, kernel: Array) -> Array:
+    """`convolve` of an even kernel as a convolution of stride 1 with half the kernel and four times the channels."""
+    batch, size, _, channels = x.shape
+    reached = (size - kernel.shape[0]) // 2 * 2 + kernel.shape[0]  # pixels of a side that windows reach, even
+    squares = x[:, :reached, :reached].reshape(batch, reached // 2, 2, reached // 2, 2, channels)
+    squares = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, reached // 2, reached // 2, 4 * channels)
+    return _xla_convolve(squares, _squares_kernel(kernel), 1)
+
+
+def convolve_transposed_squares(x: Array, kernel: Array) -> Array:
+    """The transpose: [B, s, s, c] and [k, k, C, c] -> [B, S, S, C]; an odd kernel gets a row and a column of zeros."""
+    odd, channels = kernel.shape[0] % 2, kernel.shape[2]
+    kernel = _squares_kernel(jnp.pad(kernel, ((0, odd), (0, odd), (0, 0), (0, 0))))
+    squares = _xla_transposed(x, kernel, 1)
+    batch, size = squares.shape[:2]
+    image = squares.reshape(batch, size, size, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    image = image.reshape(batch, 2 * size, 2 * size, channels)
+    return image[:, :-1, :-1] if odd else image
+
+
+def _squares_kernel(kernel: Array) -> Array:
+    """[k, k, C, c] -> [k / 2, k / 2, 4 C, c]."""
+    half, channels, features = kernel.shape[0] // 2, *kernel.shape[2:]
+    kernel = kernel.reshape(half, 2, half, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
+    return kernel.reshape(half, half, 4 * channels, features)
 
 
 # --- Windows ---
@@ -179,11 +241,11 @@ def _spread(small: Array, kernel: Array, size: int) -> Array:
 
 @jax.custom_vjp
 def _windows_to_channels(large: Array, kernel: Array) -> Array:
-    return _xla_convolve(large, kernel)
+    return _xla_convolve(large, kernel, 2)
 
 
 def _windows_to_channels_forward(large, kernel):
-    return _xla_convolve(large, kernel), (large, kernel)
+    return _xla_convolve(large, kernel, 2), (large, kernel)
 
 
 def _windows_to_channels_backward(residuals, gradient):
@@ -203,7 +265,7 @@ _windows_to_channels.defvjp(_windows_to_channels_forward, _windows_to_channels_b
 @jax.custom_vjp
 def _channels_to_windows(small: Array, kernel: Array) -> Array:
     if kernel.shape[0] % 2:  # not made of squares; XLA is fast at the one odd layer of LUMOS
-        return _xla_convolve_transposed(small, kernel[::-1, ::-1].swapaxes(2, 3))
+        return lax.conv_transpose(small, kernel[::-1, ::-1].swapaxes(2, 3), (2, 2), "VALID")
     return _spread(small, kernel, 2 * (small.shape[1] - 1) + kernel.shape[0])
 
 

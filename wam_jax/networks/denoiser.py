@@ -2,8 +2,8 @@
 
 DPPO feeds the predictor concat[chunk, time embedding, state]. The state rows hold two thirds of its multiplications
 and depend on neither the chunk nor the step, so here they are a layer of their own: `condition` is computed once a
-decision and every denoising step adds it. The function, the parameter count and the initial scale stay those of the
-concatenation.
+decision, `time` once a step, and every denoising step adds both. The function, the parameter count and the initial
+scale stay those of the concatenation.
 
 Kernels start as PyTorch's linear layers do, uniform in +-1/sqrt(inputs); biases start at zero (PyTorch: the same
 uniform).
@@ -88,17 +88,22 @@ class ChunkAndTime(nn.Module):
     The time's product has one row a denoising step in place of one a chunk, and no gradient of the chunk is taken.
     """
 
+    chunk_dim: int
+    time_dim: int
     features: int
     kernel_init: nn.initializers.Initializer
     dtype: Any
 
-    @nn.compact
-    def __call__(self, chunk: Array, time: Array) -> tuple[Array, Array]:
-        """Maps [M, C*A] and [..., time] to their shares of the layer, [M, features] and [..., features]."""
-        shape = (chunk.shape[-1] + time.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
-        of_chunk, of_time = jnp.split(kernel, [chunk.shape[-1]])
-        return chunk.astype(self.dtype) @ of_chunk, time.astype(self.dtype) @ of_time
+    def setup(self):
+        self.kernel = self.param("kernel", self.kernel_init, (self.chunk_dim + self.time_dim, self.features))
+
+    def of_chunk(self, chunk: Array) -> Array:
+        """The chunk's share of the layer: [M, C*A] -> [M, features]."""
+        return chunk.astype(self.dtype) @ self.kernel[: self.chunk_dim].astype(self.dtype)
+
+    def of_time(self, time: Array) -> Array:
+        """The time's share of the layer: [..., time] -> [..., features]."""
+        return time.astype(self.dtype) @ self.kernel[self.chunk_dim :].astype(self.dtype)
 
 
 class Standardize(nn.Module):
@@ -123,10 +128,11 @@ class Denoiser(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        inputs = self.chunk * specs.ACTION_DIM + self.time_dim + self.state_dim
+        chunk_dim = self.chunk * specs.ACTION_DIM
+        inputs = chunk_dim + self.time_dim + self.state_dim
         self.standardized = Standardize() if self.standardize else lambda state: state
         self.state_in = nn.Dense(self.hidden_dim, dtype=self.dtype, kernel_init=_uniform(inputs))
-        self.chunk_in = ChunkAndTime(self.hidden_dim, _uniform(inputs), self.dtype)
+        self.chunk_in = ChunkAndTime(chunk_dim, self.time_dim, self.hidden_dim, _uniform(inputs), self.dtype)
         self.time_hidden = nn.Dense(2 * self.time_dim, kernel_init=_uniform())
         self.time_out = nn.Dense(self.time_dim, kernel_init=_uniform())
         self.blocks = [ResidualBlock(self.dtype) for _ in range(self.num_blocks)]
@@ -136,29 +142,31 @@ class Denoiser(nn.Module):
         """The state's share of the first layer: [..., state] -> [..., hidden]."""
         return self.state_in(self.standardized(state))
 
-    def __call__(self, noisy_chunk: Array, step: Array, condition: Array) -> Array:
+    def time(self, step: Array) -> Array:
+        """The share of the denoising step, int [...] in [0, K), of the first layer: [..., hidden]."""
+        return self.chunk_in.of_time(self.time_out(mish(self.time_hidden(time_embedding(step, self.time_dim)))))
+
+    def __call__(self, noisy_chunk: Array, condition: Array) -> Array:
         """Predicts the noise; leading axes broadcast against each other.
 
         Args:
-          noisy_chunk: [..., C, A], chunk at noise level `step`.
-          step: int [...], denoising step in [0, K).
-          condition: [..., hidden], from `condition`.
+          noisy_chunk: [..., C, A].
+          condition: [..., hidden], from `condition` of the state, and `time` of the chunk's noise level, added up.
 
         Returns:
           float32 [..., C, A].
         """
         leading = noisy_chunk.shape[:-2]
-        time = self.time_out(mish(self.time_hidden(time_embedding(step, self.time_dim))))
         # Two axes only: with more, XLA's weight gradients on a CPU take several times as long.
-        of_chunk, of_time = self.chunk_in(noisy_chunk.reshape(math.prod(leading), -1), time)
-        hidden = (of_chunk.reshape(*leading, -1) + (condition + of_time)).reshape(of_chunk.shape)
+        of_chunk = self.chunk_in.of_chunk(noisy_chunk.reshape(math.prod(leading), -1))
+        hidden = (of_chunk.reshape(*leading, -1) + condition).reshape(of_chunk.shape)
         for block in self.blocks:
             hidden = block(hidden)
         return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)
 
     def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
-        """Both parts at once, where a state is used for one step only; shapes as above, state [..., state]."""
-        return self(noisy_chunk, step, self.condition(state))
+        """All at once, where a state is used for one step only; shapes as above, state [..., state]."""
+        return self(noisy_chunk, self.condition(state) + self.time(step))
 
 
 class ChunkMean(nn.Module):
@@ -180,9 +188,12 @@ class ChunkMean(nn.Module):
         """The first layer: [..., state] -> [..., hidden]."""
         return self.state_in(self.standardized(state))
 
-    def __call__(self, noisy_chunk: Array, step: Array, condition: Array) -> Array:
+    def time(self, step: Array) -> Array:
+        """Nothing: there is one step. [..., 1], as of `Denoiser` but for the size."""
+        return jnp.zeros((*step.shape, 1), self.dtype)
+
+    def __call__(self, noisy_chunk: Array, condition: Array) -> Array:
         """Arguments as of `Denoiser`, of which only `condition` matters; float32 [..., C, A] in [-1, 1]."""
-        del step
         hidden = condition.reshape(-1, self.hidden_dim)  # two axes, as there
         for block in self.blocks:
             hidden = block(hidden)
@@ -191,8 +202,9 @@ class ChunkMean(nn.Module):
         return jnp.broadcast_to(mean, noisy_chunk.shape)
 
     def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
-        """Both parts at once, as of `Denoiser`."""
-        return self(noisy_chunk, step, self.condition(state))
+        """All at once, as of `Denoiser`."""
+        del step
+        return self(noisy_chunk, self.condition(state))
 
 
 class Critic(nn.Module):

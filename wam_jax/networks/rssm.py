@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from wam_jax.networks.categorical import sample_one_hot
+from wam_jax.networks.categorical import one_hot_at
 from wam_jax.networks.layers import MLP, NormElu, dense
 from wam_jax.networks.recurrence import recurrent_dot
 from wam_jax.types import Array, LatentState
@@ -45,10 +45,23 @@ def feature(latent: LatentState, *, soft: bool = False) -> Array:
     return jnp.concatenate([part.astype(latent.deterministic.dtype) for part in parts], axis=-1)
 
 
-def sample_stochastic(logits: Array, rng: Array) -> Array:
-    """Draws one-hot z with straight-through gradients (Bengio et al. 2013) from float32 logits [..., S, V]."""
+def stochastic_noise(rng: Array, shape: tuple[int, ...]) -> Array:
+    """What `sample_stochastic` needs to draw z, [..., S]; apart, so that loops draw it before they begin."""
+    return jax.random.uniform(rng, shape)
+
+
+def sample_stochastic(logits: Array, noise: Array) -> Array:
+    """Draws one-hot z with straight-through gradients (Bengio et al. 2013).
+
+    Args:
+      logits: float32 [..., S, V].
+      noise: float32 [..., S], from `stochastic_noise`.
+
+    Returns:
+      float32 [..., S, V].
+    """
     probabilities = jax.nn.softmax(logits)
-    sample = lax.stop_gradient(sample_one_hot(logits, rng))
+    sample = lax.stop_gradient(one_hot_at(logits, noise))
     return sample + (probabilities - lax.stop_gradient(probabilities))
 
 

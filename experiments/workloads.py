@@ -18,7 +18,7 @@ from wam_jax.diffusion_policy import PolicyBank, PolicyBatch
 from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
 from wam_jax.input_pipeline import Batches
-from wam_jax.networks import recurrence
+from wam_jax.networks import plain
 from wam_jax.reward_rules import scene_params
 from wam_jax.types import StepBatch
 
@@ -162,7 +162,7 @@ def update_flops(settings, batch: StepBatch) -> int:
     """FLOPs of one update of the world model; rows that only fill registers up are no work."""
     model = world_model.build(settings)
     state = jax.eval_shape(functools.partial(world_model_training.create_state, model), jax.random.key(0))
-    with recurrence.plain_products():
+    with plain.plain_products():
         return flops.count(functools.partial(world_model_training.update, model=model), state, batch, jax.random.key(0))
 
 

@@ -10,6 +10,8 @@ import pytest
 from helpers import assert_equal
 
 from wam_jax.networks import convolution
+from wam_jax.networks.decoder import ConvHead
+from wam_jax.networks.encoder import ConvCamera
 from wam_jax.networks.layers import xavier
 
 quick_compilation = helpers.quick_compilation
@@ -21,9 +23,9 @@ LAYERS = [  # image size, kernel size: every pair of LUMOS' encoder and decoder
 
 
 FORMS = {  # backends that take them
-    "matrix": {"MATRIX_BACKENDS": ("cpu",), "SQUARES_BACKENDS": ()},
-    "squares": {"MATRIX_BACKENDS": (), "SQUARES_BACKENDS": ("cpu",)},
-    "xla": {"MATRIX_BACKENDS": (), "SQUARES_BACKENDS": ()},
+    "matrix": {"MATRIX_BACKENDS": ("cpu",), "BLOCK_BACKENDS": ()},
+    "blocks": {"MATRIX_BACKENDS": (), "BLOCK_BACKENDS": ("cpu",)},
+    "xla": {"MATRIX_BACKENDS": (), "BLOCK_BACKENDS": ()},
 }
 
 
@@ -47,6 +49,26 @@ def test_equals_flax(layer, size, kernel_size, form):
     with mock.patch.multiple(convolution, **FORMS[form]):
         computed = compute(fast)
     helpers.assert_close_to_largest(computed, compute(plain))
+
+
+@pytest.mark.parametrize("form", ["blocks", "xla"])
+@pytest.mark.parametrize(("camera", "shape"), [(ConvCamera, (2, 64, 64, 3)), (ConvHead, (2, 20))])
+def test_a_camera_is_the_same_in_every_form(camera, shape, form):
+    x, module = jax.random.normal(jax.random.key(0), shape), camera(4, jnp.float32)
+    params = module.init(jax.random.key(1), x)
+    weight = jax.random.normal(jax.random.key(2), module.apply(params, x).shape)
+
+    def compute():
+        def loss(params, x):
+            y = module.apply(params, x)
+            return (y * weight).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    with mock.patch.multiple(convolution, **FORMS[form]):
+        assert_equal(module.init(jax.random.key(1), x), params)
+        other = compute()
+    helpers.assert_close_to_largest(other, compute())
 
 
 def test_blocks_of_images_change_nothing():

@@ -4,8 +4,9 @@ Both are one linear map read in two directions. `patches` cuts the large image i
 kernel as a matrix takes to the small image's channels; the transposed convolution goes back and adds the windows where
 they overlap. Function, parameters and their names are those of Flax's `Conv` and `ConvTranspose`.
 
-XLA's own convolutions are good on accelerators. On a CPU they are good in some directions, and up to 50 times slower
-than a matrix product in others. Measured on one core at LUMOS' sizes, ms an image (a matrix product at 85 GFLOP/s):
+On a GPU they are convolutions of stride 1 over blocks of pixels (blocked_convolution.py). On a CPU XLA's convolutions
+are good in some directions, and up to 50 times slower than a matrix product in others. Measured on one core at LUMOS'
+sizes, ms an image (a matrix product at 85 GFLOP/s):
 
     layer           windows -> channels     channels -> windows     gradient of the kernel
     encoder 2       0.5-0.7   (0.34)        0.6-0.9   (0.34)        0.8-2.0   (0.34)
@@ -15,12 +16,11 @@ than a matrix product in others. Measured on one core at LUMOS' sizes, ms an ima
     decoder 3       1.2       (0.66)        1.3-1.6   (0.66)        36.5      (0.66)
     decoder 4       0.3       (0.11)        0.4-0.6   (0.11)        5.7       (0.11)
 
-Not measured elsewhere yet: any other backend than those of MATRIX_BACKENDS takes XLA's convolutions.
+Not measured elsewhere yet: other backends take XLA's convolutions of stride 2.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -28,10 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from wam_jax.networks import blocked_convolution as blocked
+from wam_jax.networks import plain
 from wam_jax.networks.layers import xavier
 
 MATRIX_BACKENDS = ("cpu",)
-SQUARES_BACKENDS = ("gpu",)
+BLOCK_BACKENDS = ("gpu",)
 # Windows of a block of images, which should stay in a cache until they are multiplied; but the sum of the kernel's
 # gradient passes through memory once a block. Both gradients of decoder 3, ms an image: 1.3 with 0.5 million numbers a
 # block, 2.1 with 1.5 million; of encoder 4, with its large kernel, 0.66 and 0.43.
@@ -39,118 +41,76 @@ BLOCK_NUMBERS = 500_000
 
 
 class _Layer(nn.Module):
-    """A linear map of images with a kernel and a bias, both stored as float32."""
+    """A linear map of images with a kernel and a bias, both stored as float32.
+
+    On BLOCK_BACKENDS the image comes in blocks of `x_block` pixels and goes in blocks of `block`, elsewhere both are 1.
+    """
 
     features: int
     kernel_size: int
     dtype: Any
+    x_block: int = 1
+    block: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        x_block, block = (self.x_block, self.block) if _in_blocks() else (1, 1)
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // x_block**2, self.features)
         kernel = self.param("kernel", xavier, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return self.convolve(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        y = self.convolve(x.astype(self.dtype), kernel.astype(self.dtype), x_block, block)
+        return y + jnp.tile(bias.astype(self.dtype), block**2)
 
-    def convolve(self, x: Array, kernel: Array) -> Array:
+    def convolve(self, x: Array, kernel: Array, x_block: int, block: int) -> Array:
         raise NotImplementedError
 
 
 class Conv(_Layer):
-    """A convolution of stride 2 without padding: [B, S, S, C] -> [B, s, s, features], s = (S - k) // 2 + 1."""
+    """A convolution of stride 2 without padding: [B, S, S, C] -> [B, s, s, features], s = (S - k) // 2 + 1.
 
-    def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve(x, kernel)
+    In blocks of more than a pixel, those that are not filled are left out.
+    """
+
+    def convolve(self, x: Array, kernel: Array, x_block: int, block: int) -> Array:
+        return convolve(x, kernel, x_block, block)
 
 
 class ConvTranspose(_Layer):
     """The transpose of such a convolution: [B, s, s, C] -> [B, S, S, features], S = 2 (s - 1) + k."""
 
-    def convolve(self, x: Array, kernel: Array) -> Array:
-        return convolve_transposed(x, kernel)
+    def convolve(self, x: Array, kernel: Array, x_block: int, block: int) -> Array:
+        return convolve_transposed(x, kernel, x_block, block)
 
 
-def convolve(x: Array, kernel: Array) -> Array:
-    """[B, S, S, C] and [k, k, C, features] -> [B, s, s, features]."""
-    if jax.default_backend() in MATRIX_BACKENDS:
+def _in_blocks() -> bool:
+    return plain.takes(BLOCK_BACKENDS)
+
+
+def convolve(x: Array, kernel: Array, x_block: int = 1, block: int = 1) -> Array:
+    """[B, S, S, C] and [k, k, C, features] -> [B, s, s, features]; of blocks see `_Layer`."""
+    if plain.takes(MATRIX_BACKENDS):
         return _windows_to_channels(x, kernel)
-    if jax.default_backend() in SQUARES_BACKENDS and kernel.shape[0] % 2 == 0:
-        return convolve_squares(x, kernel)
-    return _xla_convolve(x, kernel, 2)
+    if not _in_blocks() or kernel.shape[0] % 2:
+        return blocked.convolve_once(x, kernel, 2)
+    large = x if x_block > 1 else blocked.to_blocks(x, 2 * block)
+    return blocked.convolve(large, kernel, block)
 
 
-def convolve_transposed(x: Array, kernel: Array) -> Array:
+def convolve_transposed(x: Array, kernel: Array, x_block: int = 1, block: int = 1) -> Array:
     """[B, s, s, C] and [k, k, C, features] -> [B, S, S, features]; the kernel's orientation is that of Flax and JAX."""
     kernel = kernel[::-1, ::-1].swapaxes(2, 3)  # as of the convolution that it is the transpose of
     if x.shape[1] == 1:  # one window, nothing overlaps: a linear layer
         matrix = kernel.reshape(-1, kernel.shape[-1]).T
         return (x.reshape(x.shape[0], -1) @ matrix).reshape(-1, *kernel.shape[:3])
-    if jax.default_backend() in MATRIX_BACKENDS:
+    if plain.takes(MATRIX_BACKENDS):
         return _channels_to_windows(x, kernel)
-    if jax.default_backend() in SQUARES_BACKENDS:
-        return convolve_transposed_squares(x, kernel)
-    return _xla_transposed(x, kernel, 2)
-
-
-# --- XLA's own ---
-
-
-def _xla_convolve(x: Array, kernel: Array, stride: int) -> Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=numbers)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _xla_transposed(x: Array, kernel: Array, stride: int) -> Array:
-    """The transpose of `_xla_convolve`, written so that XLA finds cuDNN's kernels in all three directions.
-
-    From `lax.conv_transpose` it made convolutions over images spread with zeros, 5 GB of them an update, and kernel
-    gradients with batch and channels exchanged (as compiled for an H100).
-    """
-    size = stride * (x.shape[1] - 1) + kernel.shape[0]
-    image = jax.ShapeDtypeStruct((x.shape[0], size, size, kernel.shape[2]), x.dtype)
-    return jax.linear_transpose(lambda image: _xla_convolve(image, kernel, stride), image)(x)[0]
-
-
-def _xla_transposed_backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    kernel_gradient = jax.linear_transpose(lambda kernel: _xla_convolve(gradient, kernel, stride), kernel)(x)[0]
-    return _xla_convolve(gradient, kernel, stride), kernel_gradient
-
-
-_xla_transposed.defvjp(
-    lambda x, kernel, stride: (_xla_transposed(x, kernel, stride), (x, kernel)), _xla_transposed_backward
-)
-
-
-# --- Squares: 2 x 2 pixels as the channels of one, so that a stride of 2 is a stride of 1 ---
-
-
-def convolve_squares(x: Array, kernel: Array) -> Array:
-    """`convolve` of an even kernel as a convolution of stride 1 with half the kernel and four times the channels."""
-    batch, size, _, channels = x.shape
-    reached = (size - kernel.shape[0]) // 2 * 2 + kernel.shape[0]  # pixels of a side that windows reach, even
-    squares = x[:, :reached, :reached].reshape(batch, reached // 2, 2, reached // 2, 2, channels)
-    squares = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, reached // 2, reached // 2, 4 * channels)
-    return _xla_convolve(squares, _squares_kernel(kernel), 1)
-
-
-def convolve_transposed_squares(x: Array, kernel: Array) -> Array:
-    """The transpose: [B, s, s, c] and [k, k, C, c] -> [B, S, S, C]; an odd kernel gets a row and a column of zeros."""
-    odd, channels = kernel.shape[0] % 2, kernel.shape[2]
-    kernel = _squares_kernel(jnp.pad(kernel, ((0, odd), (0, odd), (0, 0), (0, 0))))
-    squares = _xla_transposed(x, kernel, 1)
-    batch, size = squares.shape[:2]
-    image = squares.reshape(batch, size, size, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    image = image.reshape(batch, 2 * size, 2 * size, channels)
-    return image[:, :-1, :-1] if odd else image
-
-
-def _squares_kernel(kernel: Array) -> Array:
-    """[k, k, C, c] -> [k / 2, k / 2, 4 C, c]."""
-    half, channels, features = kernel.shape[0] // 2, *kernel.shape[2:]
-    kernel = kernel.reshape(half, 2, half, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
-    return kernel.reshape(half, half, 4 * channels, features)
+    if not _in_blocks():
+        return blocked.transpose_once(x, kernel, 2)
+    large = blocked.convolve_transposed(x, kernel, x_block)
+    if block > 1:
+        return large
+    size = 2 * (x.shape[1] * x_block - 1) + kernel.shape[0]
+    return blocked.to_pixels(large, 2 * x_block)[:, :size, :size]
 
 
 # --- Windows ---
@@ -241,11 +201,11 @@ def _spread(small: Array, kernel: Array, size: int) -> Array:
 
 @jax.custom_vjp
 def _windows_to_channels(large: Array, kernel: Array) -> Array:
-    return _xla_convolve(large, kernel, 2)
+    return blocked.convolve_once(large, kernel, 2)
 
 
 def _windows_to_channels_forward(large, kernel):
-    return _xla_convolve(large, kernel, 2), (large, kernel)
+    return blocked.convolve_once(large, kernel, 2), (large, kernel)
 
 
 def _windows_to_channels_backward(residuals, gradient):

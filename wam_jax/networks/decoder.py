@@ -24,11 +24,9 @@ class ConvHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = x[:, None, None, :]
-        layers = ((4 * self.depth, 5), (2 * self.depth, 5), (self.depth, 6), (3, 6))
-        for i, (channels, kernel) in enumerate(layers):
-            x = ConvTranspose(channels, kernel, dtype=self.dtype)(x)
-            x = nn.elu(x) if i < len(layers) - 1 else x
-        return x.astype(jnp.float32)
+        for multiple, kernel, x_block, block in ((4, 5, 1, 1), (2, 5, 1, 1), (1, 6, 1, 2)):
+            x = nn.elu(ConvTranspose(multiple * self.depth, kernel, self.dtype, x_block, block)(x))
+        return ConvTranspose(3, 6, self.dtype, 2, 1)(x).astype(jnp.float32)
 
 
 class PatchHead(nn.Module):

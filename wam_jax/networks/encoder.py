@@ -46,8 +46,8 @@ class ConvCamera(nn.Module):
     @nn.compact
     def __call__(self, image: Array) -> Array:
         x = image.astype(self.dtype)
-        for multiple in (1, 2, 4, 8):
-            x = nn.elu(Conv(multiple * self.depth, kernel_size=4, dtype=self.dtype)(x))
+        for multiple, x_block, block in ((1, 1, 2), (2, 2, 1), (4, 1, 1), (8, 1, 1)):
+            x = nn.elu(Conv(multiple * self.depth, 4, self.dtype, x_block, block)(x))
         return x.reshape(x.shape[0], -1)
 
 

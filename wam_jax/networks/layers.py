@@ -24,7 +24,7 @@ class NormElu(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)(x)
+        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)(x)
         return nn.elu(x.astype(self.dtype))
 
 

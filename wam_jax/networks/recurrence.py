@@ -5,12 +5,16 @@ A step of the RSSM multiplies a few rows (the batch) by kernels that fill a cach
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import lax
+
+from wam_jax.networks import plain
 
 # Where a product of ROWS rows and a large kernel is faster with the kernel lying transposed (XLA does that once, before
 # the loop), and, with FEW_ROWS, as kernel times columns, filled up to a multiple of COLUMNS. Measured on one CPU core:
@@ -21,26 +25,13 @@ ROWS = range(8, 129)
 FEW_ROWS = range(8, 33)
 COLUMNS = 16
 LARGE_KERNEL = 2**19  # numbers; smaller ones lie in the nearer caches
-
-
-_plain = False
-
-
-@contextlib.contextmanager
-def plain_products() -> Iterator[None]:
-    """Programs that are traced in this context take all products as they stand: for counting their operations."""
-    global _plain
-    _plain = True
-    try:
-        yield
-    finally:
-        _plain = False
+ALIGNED_BACKENDS, ALIGNED_TO = ("gpu",), 128  # where sizes of kernels in loops are filled up, LUMOS' 1000 to 1024
 
 
 def recurrent_dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """`lax.dot_general` for the linear layers of a step, rows times kernel: [B, X] and [X, Y] -> [B, Y]."""
     in_loop = x.ndim == 2 and x.shape[0] in ROWS and kernel.size >= LARGE_KERNEL
-    if in_loop and not _plain and jax.default_backend() in TRANSPOSED_BACKENDS:
+    if in_loop and plain.takes(TRANSPOSED_BACKENDS):
         return transposed_dot(x, kernel)
     return lax.dot_general(x, kernel, dimension_numbers, **options)
 
@@ -92,10 +83,11 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, d
     """
 
     def forward(params, carry, inputs, noise):
-        cast = cast_kernels(params, dtype)
+        kernels = _loop_kernels(params, dtype)
 
         def body(carry, x):
-            carry = step(cast, carry, *x)
+            with _linear_layers(partial(_product, kernels)):
+                carry = step(params, carry, *x)
             return carry, carry
 
         states = lax.scan(body, carry, (inputs, noise))[1]
@@ -104,23 +96,26 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, d
     def backward(residuals, gradient):
         params, carry, inputs, noise, states = residuals
         before = jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), carry, states)
-        rows = jax.tree.map(_merge_time, (before, inputs, noise))
-        cast = cast_kernels(params, dtype)
-        products = _split_time(_products(step, cast, *rows), len(noise))
+        rows_before, rows, rows_noise = jax.tree.map(_merge_time, (before, inputs, noise))
+        _, pull_all, products = jax.vjp(
+            lambda params, rows: _with_products(step, params, rows_before, rows, rows_noise), params, rows, has_aux=True
+        )
+        products, kernels = _split_time(products, len(noise)), _loop_kernels(params, dtype)
 
         def back(later, x):
             gradient, before, inputs, noise, products = x
             total = jax.tree.map(jnp.add, gradient, later)
-            with _known(products):
-                _, pull = jax.vjp(lambda before: step(cast, before, inputs, noise), before)
+            with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], products[layer.path])):
+                _, pull = jax.vjp(lambda before: step(params, before, inputs, noise), before)
             return pull(total)[0], total
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient)
         of_carry, totals = lax.scan(back, zero, (gradient, before, inputs, noise, products), reverse=True)
-        _, pull = jax.vjp(lambda params, inputs: step(params, rows[0], inputs, rows[2]), params, rows[1])
-        of_params, of_inputs = pull(jax.tree.map(_merge_time, totals))
+        of_params, of_inputs = pull_all(jax.tree.map(_merge_time, totals))
         return of_params, of_carry, _split_time(of_inputs, len(noise)), None
 
+    if plain.is_plain():
+        return forward(params, carry, inputs, noise)[0]
     run = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
     run.defvjp(forward, backward)
     return run(params, carry, inputs, noise)
@@ -140,8 +135,8 @@ def _split_time(tree: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(length, -1, *x.shape[1:]), tree)
 
 
-def _products(step: Callable, *arguments: Any) -> dict[tuple, jax.Array]:
-    """What each linear layer gives in a step, by the path of its module."""
+def _with_products(step: Callable, *arguments: Any) -> tuple[Any, dict[tuple, jax.Array]]:
+    """A step, and what each linear layer gives in it, by the path of its module."""
     found = {}
 
     def keep(call, args, kwargs, context):
@@ -154,34 +149,56 @@ def _products(step: Callable, *arguments: Any) -> dict[tuple, jax.Array]:
         return output
 
     with nn.intercept_methods(keep):
-        step(*arguments)
+        return step(*arguments), found
+
+
+def _loop_kernels(params: dict, dtype: Any) -> dict[tuple, jax.Array]:
+    """The kernels by the path of their module, as loops read them: in their dtype, and without odd sizes on a GPU."""
+    found = {}
+    for path, x in traverse_util.flatten_dict(params).items():
+        if path[-1] == "kernel":
+            found[path[:-1]] = jnp.pad(x.astype(dtype), [(0, _missing(size)) for size in x.shape])
     return found
 
 
+def _missing(size: int) -> int:
+    """What XLA would fill a size of a product up with on a GPU, at every step anew: a kernel's in 2 to 5 us."""
+    return -size % ALIGNED_TO if size > ALIGNED_TO and plain.takes(ALIGNED_BACKENDS) else 0
+
+
 @contextlib.contextmanager
-def _known(products: dict[tuple, jax.Array]) -> Iterator[None]:
-    """Linear layers that are called in this context give these products; only their gradient is computed."""
+def _linear_layers(compute: Callable[[nn.Dense, jax.Array], jax.Array]) -> Iterator[None]:
+    """Linear layers that are called in this context are computed by `compute(layer, x)`."""
 
     def replace(call, args, kwargs, context):
-        if not isinstance(context.module, nn.Dense):
-            return call(*args, **kwargs)
-        kernel = context.module.get_variable("params", "kernel")
-        return _known_product(*args, kernel, products[context.module.path])
+        return compute(context.module, *args) if isinstance(context.module, nn.Dense) else call(*args, **kwargs)
 
     with nn.intercept_methods(replace):
         yield
 
 
+def _product(kernels: dict[tuple, jax.Array], layer: nn.Dense, x: jax.Array) -> jax.Array:
+    """What a layer gives, by its kernel as loops read it."""
+    y = _rows_times(x, kernels[layer.path])[:, : layer.features]
+    return y + layer.get_variable("params", "bias").astype(y.dtype) if layer.use_bias else y
+
+
+def _rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B, X] and [X or more, Y] -> [B, Y]; what a kernel has more is for nothing."""
+    x = jnp.pad(x.astype(kernel.dtype), ((0, 0), (0, kernel.shape[0] - x.shape[1])))
+    return recurrent_dot(x, kernel, (((1,), (0,)), ((), ())))
+
+
 @jax.custom_vjp
 def _known_product(x: jax.Array, kernel: jax.Array, product: jax.Array) -> jax.Array:
+    """A layer's product where it is known: only the gradient is computed."""
     return product
 
 
 def _known_product_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple:
     x, kernel = residuals
-    numbers = (((1,), (0,)), ((), ()))
-    _, pull = jax.vjp(lambda x: recurrent_dot(x.astype(kernel.dtype), kernel, numbers), x)  # the product is not used
-    return pull(gradient)[0], None, None
+    gradient = jnp.pad(gradient, ((0, 0), (0, kernel.shape[1] - gradient.shape[1])))
+    return jax.vjp(partial(_rows_times, kernel=kernel), x)[1](gradient)[0], None, None  # the product is not used
 
 
 _known_product.defvjp(lambda x, kernel, product: (product, (x, kernel)), _known_product_backward)

@@ -21,7 +21,6 @@ import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from wam_jax.networks.categorical import one_hot_at
 from wam_jax.networks.layers import MLP, NormElu, dense
@@ -50,8 +49,9 @@ def stochastic_noise(rng: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(rng, shape)
 
 
+@jax.custom_vjp
 def sample_stochastic(logits: Array, noise: Array) -> Array:
-    """Draws one-hot z with straight-through gradients (Bengio et al. 2013).
+    """Draws one-hot z; its gradient is that of the probabilities, straight through (Bengio et al. 2013).
 
     Args:
       logits: float32 [..., S, V].
@@ -60,9 +60,15 @@ def sample_stochastic(logits: Array, noise: Array) -> Array:
     Returns:
       float32 [..., S, V].
     """
-    probabilities = jax.nn.softmax(logits)
-    sample = lax.stop_gradient(one_hot_at(logits, noise))
-    return sample + (probabilities - lax.stop_gradient(probabilities))
+    return one_hot_at(logits, noise)
+
+
+def _probabilities_gradient(logits: Array, gradient: Array) -> tuple[Array, None]:
+    probability = jax.nn.softmax(logits)
+    return probability * (gradient - jnp.sum(probability * gradient, axis=-1, keepdims=True)), None
+
+
+sample_stochastic.defvjp(lambda logits, noise: (one_hot_at(logits, noise), logits), _probabilities_gradient)
 
 
 def categorical_kl(logits_p: Array, logits_q: Array) -> Array:

@@ -37,8 +37,10 @@ def test_a_transposed_product_is_the_product(rows):
     helpers.assert_close_to_largest(found, compute(lax.dot_general))
 
 
+@pytest.mark.parametrize("backends", [("cpu",), ()])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance):
+def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance, backends, monkeypatch):
+    monkeypatch.setattr(recurrence, "KEEPING_BACKENDS", backends)
     model, batch = make_model(compute_dtype=dtype), make_steps()
     params = make_state(model).params
     embedding = world_model.embed(model, params, batch.observation)

@@ -25,6 +25,7 @@ ROWS = range(8, 129)
 FEW_ROWS = range(8, 33)
 COLUMNS = 16
 LARGE_KERNEL = 2**19  # numbers; smaller ones lie in the nearer caches
+KEEPING_BACKENDS = ("cpu",)  # where a scan keeps its products for the gradient; they are 5 % of an update's time there
 ALIGNED_BACKENDS, ALIGNED_TO = ("gpu",), 128  # where sizes of kernels in loops are filled up, LUMOS' 1000 to 1024
 
 
@@ -60,16 +61,16 @@ transposed_dot.defvjp(
 def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, dtype: Any) -> Any:
     """Repeats a step over time, as `lax.scan` does, with gradients that keep work out of the loops.
 
-    Forward, only the states are kept. Backward, all steps' products are computed anew at once; then a loop takes the
-    gradient of each state to the state before; then the gradients of parameters and inputs are those of all steps at
-    once. This computes about half of the products twice, but large ones. Sums over time inside a loop read and write
-    every kernel at every step, half the RSSM's time on a CPU; on a GPU, where a step costs what it launches, they are
-    16 of 41 launches backward, and what a step would keep for its gradient is 37 of 58 launches forward.
+    Forward, states are kept and on KEEPING_BACKENDS the products; elsewhere those of all steps are computed anew, at
+    once. Backward, a loop takes the gradient of each state to the state before, and then the gradients of parameters
+    and inputs are those of all steps at once. Sums over time inside a loop read and write every kernel at every step,
+    half the RSSM's time on a CPU; on a GPU, where a step costs what it launches, they are 16 of 41 launches backward,
+    and what a step would keep for its gradient is 37 of 58 launches forward.
 
     Args:
       step: `step(params, carry, input, noise) -> carry`, a pure function that treats the rows of its batch apart and
         whose products are `nn.Dense` modules, each called once.
-      params: nested dict; leaves named "kernel" are cast to `dtype` once, not at every step.
+      params: nested dict.
       carry: initial state, [B, ...].
       inputs: arrays [T, B, ...], differentiable.
       noise: [T, B, ...], not differentiable.
@@ -79,39 +80,46 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, d
       the states after each step, [T, B, ...].
 
     Raises:
-      ValueError: while a gradient is traced, a module is called twice.
+      ValueError: a module is called twice in a step.
     """
 
     def forward(params, carry, inputs, noise):
         kernels = _loop_kernels(params, dtype)
 
         def body(carry, x):
-            with _linear_layers(partial(_product, kernels)):
+            products: dict = {}
+            with _linear_layers(partial(_product, kernels), products):
                 carry = step(params, carry, *x)
-            return carry, carry
+            return carry, (carry, products if plain.takes(KEEPING_BACKENDS) else {})
 
-        states = lax.scan(body, carry, (inputs, noise))[1]
-        return states, (params, carry, inputs, noise, states)
+        states, products = lax.scan(body, carry, (inputs, noise))[1]
+        return states, (params, carry, inputs, noise, states, products)
 
     def backward(residuals, gradient):
-        params, carry, inputs, noise, states = residuals
+        params, carry, inputs, noise, states, products = residuals
         before = jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), carry, states)
-        rows_before, rows, rows_noise = jax.tree.map(_merge_time, (before, inputs, noise))
-        _, pull_all, products = jax.vjp(
-            lambda params, rows: _with_products(step, params, rows_before, rows, rows_noise), params, rows, has_aux=True
-        )
-        products, kernels = _split_time(products, len(noise)), _loop_kernels(params, dtype)
+        rows = jax.tree.map(_merge_time, (before, inputs, noise))
+        if products:
+            products_of_rows = jax.tree.map(_merge_time, products)
+        else:
+            products_of_rows = _products(step, params, *rows)
+            products = _split_time(products_of_rows, len(noise))
+        kernels = _loop_kernels(params, dtype)
 
         def back(later, x):
             gradient, before, inputs, noise, products = x
             total = jax.tree.map(jnp.add, gradient, later)
-            with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], products[layer.path])):
+            with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], None, products[layer.path])):
                 _, pull = jax.vjp(lambda before: step(params, before, inputs, noise), before)
             return pull(total)[0], total
 
+        def all_steps(params, inputs):
+            with _linear_layers(lambda layer, x: _known_product(x, *_parameters(layer), products_of_rows[layer.path])):
+                return step(params, rows[0], inputs, rows[2])
+
         zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient)
         of_carry, totals = lax.scan(back, zero, (gradient, before, inputs, noise, products), reverse=True)
-        of_params, of_inputs = pull_all(jax.tree.map(_merge_time, totals))
+        of_params, of_inputs = jax.vjp(all_steps, params, rows[1])[1](jax.tree.map(_merge_time, totals))
         return of_params, of_carry, _split_time(of_inputs, len(noise)), None
 
     if plain.is_plain():
@@ -135,23 +143,6 @@ def _split_time(tree: Any, length: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(length, -1, *x.shape[1:]), tree)
 
 
-def _with_products(step: Callable, *arguments: Any) -> tuple[Any, dict[tuple, jax.Array]]:
-    """A step, and what each linear layer gives in it, by the path of its module."""
-    found = {}
-
-    def keep(call, args, kwargs, context):
-        output = call(*args, **kwargs)
-        if isinstance(context.module, nn.Dense):
-            path = context.module.path
-            if path in found:
-                raise ValueError(f"{'/'.join(path)} is called twice in a step; its product would be that of one call")
-            found[path] = output
-        return output
-
-    with nn.intercept_methods(keep):
-        return step(*arguments), found
-
-
 def _loop_kernels(params: dict, dtype: Any) -> dict[tuple, jax.Array]:
     """The kernels by the path of their module, as loops read them: in their dtype, and without odd sizes on a GPU."""
     found = {}
@@ -167,20 +158,51 @@ def _missing(size: int) -> int:
 
 
 @contextlib.contextmanager
-def _linear_layers(compute: Callable[[nn.Dense, jax.Array], jax.Array]) -> Iterator[None]:
-    """Linear layers that are called in this context are computed by `compute(layer, x)`."""
+def _linear_layers(compute: Callable[[nn.Dense, jax.Array], jax.Array], found: dict | None = None) -> Iterator[None]:
+    """Linear layers that are called in this context are computed by `compute(layer, x)`; `found` gets what they give.
+
+    Raises:
+      ValueError: with `found`, a layer is called twice.
+    """
 
     def replace(call, args, kwargs, context):
-        return compute(context.module, *args) if isinstance(context.module, nn.Dense) else call(*args, **kwargs)
+        layer = context.module
+        if not isinstance(layer, nn.Dense):
+            return call(*args, **kwargs)
+        output = compute(layer, *args)
+        if found is not None:
+            if layer.path in found:
+                raise ValueError(f"{'/'.join(layer.path)} is called twice in a step; a layer has one product a step")
+            found[layer.path] = output
+        return output
 
     with nn.intercept_methods(replace):
         yield
 
 
+def _products(step: Callable, params: dict, *arguments: Any) -> dict[tuple, jax.Array]:
+    """What each linear layer gives in a step, by the path of its module; for all rows at once."""
+    found: dict = {}
+
+    def compute(layer, x):
+        kernel, bias = _parameters(layer)
+        y = x.astype(layer.dtype) @ kernel.astype(layer.dtype)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    with _linear_layers(compute, found):
+        step(params, *arguments)
+    return found
+
+
+def _parameters(layer: nn.Dense) -> tuple[jax.Array, jax.Array | None]:
+    return layer.get_variable("params", "kernel"), layer.get_variable("params", "bias") if layer.use_bias else None
+
+
 def _product(kernels: dict[tuple, jax.Array], layer: nn.Dense, x: jax.Array) -> jax.Array:
     """What a layer gives, by its kernel as loops read it."""
     y = _rows_times(x, kernels[layer.path])[:, : layer.features]
-    return y + layer.get_variable("params", "bias").astype(y.dtype) if layer.use_bias else y
+    bias = _parameters(layer)[1]
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 def _rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -190,15 +212,26 @@ def _rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _known_product(x: jax.Array, kernel: jax.Array, product: jax.Array) -> jax.Array:
-    """A layer's product where it is known: only the gradient is computed."""
+def _known_product(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, product: jax.Array) -> jax.Array:
+    """What a layer gives where that is known: only gradients are computed, of those what is used.
+
+    Args:
+      x: [B, X].
+      kernel: [X or more, Y or more], in any dtype.
+      bias: [Y].
+      product: [B, Y], in the dtype that the layer computes in.
+    """
     return product
 
 
-def _known_product_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple:
-    x, kernel = residuals
+def _known_product_backward(residuals: tuple, gradient: jax.Array) -> tuple:
+    x, kernel, bias = residuals
+    of_bias = None if bias is None else gradient.sum(0, dtype=bias.dtype)
     gradient = jnp.pad(gradient, ((0, 0), (0, kernel.shape[1] - gradient.shape[1])))
-    return jax.vjp(partial(_rows_times, kernel=kernel), x)[1](gradient)[0], None, None  # the product is not used
+    of_x = jax.vjp(partial(_rows_times, kernel=kernel.astype(gradient.dtype)), x)[1](gradient)[0]
+    rows = jnp.pad(x, ((0, 0), (0, kernel.shape[0] - x.shape[1])))
+    of_kernel = lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return of_x, of_kernel.astype(kernel.dtype), of_bias, None
 
 
-_known_product.defvjp(lambda x, kernel, product: (product, (x, kernel)), _known_product_backward)
+_known_product.defvjp(lambda x, kernel, bias, product: (product, (x, kernel, bias)), _known_product_backward)

@@ -309,7 +309,7 @@ def train_ppo(config, workdir, warmup):
     with (
         mock.patch.object(ppo, "iteration", iteration),
         mock.patch.object(finetune_policy, "start_bank", return_value=(starts, {})),
-        mock.patch.object(train_world_model, "load", return_value=(helpers.make_model(), {})),
+        mock.patch.object(train_world_model, "load", return_value=(helpers.make_model(), {"rssm": {}})),
         mock.patch.object(train_reward, "load", return_value={}),
     ):
         finetune_policy.run(config, workdir)

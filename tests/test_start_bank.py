@@ -84,7 +84,7 @@ def first_entry(params, feature, first_feature, count):
 def recorded(monkeypatch):
     """The attempts of a run, and a world model and reward that say of them what is planted."""
     task = TASKS[0]
-    monkeypatch.setattr(train_world_model, "load", lambda *_: (MODEL, {}))
+    monkeypatch.setattr(train_world_model, "load", lambda *_: (MODEL, {"rssm": {}}))
     monkeypatch.setattr(train_policy, "encode_demonstrations", lambda *_: {task: _lists(DEMONSTRATED)})
     monkeypatch.setattr(train_reward, "encode_attempts", lambda config, workdir, split, tasks: {task: _lists(PLAYED)})
     monkeypatch.setattr(latents, "imagine_episodes", imagine)

@@ -111,7 +111,7 @@ def test_a_task_that_is_not_trusted_keeps_its_cloned_policy(tmp_path):
     base = train_policy.initial_state(config, "turn_on_led").ema_params
     stubs = {
         (finetune_policy, "start_bank"): (None, {"trusted": False, "trust": 0.2}),
-        (train_world_model, "load"): (helpers.make_model(), {}),
+        (train_world_model, "load"): (helpers.make_model(), {"rssm": {}}),
         (train_reward, "load"): {},
         (train_policy, "load"): base,
     }

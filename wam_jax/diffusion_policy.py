@@ -153,9 +153,8 @@ def decayed(params: Params) -> Params:
 
 def init(rng: Array, state_dim: int, settings: Any) -> PolicyState:
     """Fresh training state for states of `state_dim` entries."""
-    noisy_chunk = jnp.zeros((1, settings.chunk, specs.ACTION_DIM))
-    step, state = jnp.zeros(1, jnp.int32), jnp.zeros((1, state_dim))
-    params = network(settings, state_dim).init(rng, noisy_chunk, step, state, method="denoise")
+    example = jnp.zeros((1, settings.chunk, specs.ACTION_DIM)), jnp.zeros(1, jnp.int32), jnp.zeros((1, state_dim))
+    params = network(settings, state_dim).init(rng, *example, method="denoise")
     return PolicyState(
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),

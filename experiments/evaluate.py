@@ -214,8 +214,9 @@ def start_latents(config, environment: Environment, policy: evaluation.Policy, t
 def imagined_success(config, trained: Trained, starts: LatentState) -> float:
     """Success of a policy, sampled as in evaluation, from a bank of starts inside the world model."""
     inputs = imagination.ImaginationInputs(
-        starts, trained.world_model_params, trained.reward_params, trained.policy.base
-    )
+        starts, jnp.int32(len(starts.deterministic)), trained.world_model_params, trained.reward_params,
+        trained.policy.base,
+    )  # fmt: skip
     episodes = _imagine(config, trained.model)(trained.policy, inputs, jax.random.key(config.evaluation.seed))
     return float(imagination.success_rate(episodes))
 

@@ -74,9 +74,10 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
     )
     rewards = {task: train_reward.load(config, workdir, task) for task in base_policies}  # what is missing is named now
     frozen = world_model.imagination_params(model, world_model_params)
+    banks = _trusted_starts(config, workdir, rewards)
     inputs = {
-        task: imagination.ImaginationInputs(bank, frozen, rewards[task], base_policies[task])
-        for task, bank in _trusted_starts(config, workdir, rewards).items()
+        task: imagination.ImaginationInputs(*starts, frozen, rewards[task], base_policies[task])
+        for task, starts in zip(banks, latents.pad_start_banks(list(banks.values())), strict=True)
     }
     for task in base_policies.keys() - inputs.keys():
         print(
@@ -86,15 +87,15 @@ def _in_imagination(config, workdir: str, base_policies: dict[str, Params], *, s
         training.save_untrained(
             state, stage=stage(task), **{key: arguments[key] for key in ("workdir", "settings", "num_steps")}
         )
-    for group in groups(list(inputs), inputs, workdir, settings.tasks_at_once):
-        banks, stages = [inputs[task] for task in group], [stage(task) for task in group]
+    for group in groups(list(inputs), workdir, settings.tasks_at_once):
+        own, stages = [inputs[task] for task in group], [stage(task) for task in group]
         states = [initial_state(config, task, base_policies[task]) for task in group]
         seeds = [config.seed + specs.task_index(task) for task in group]
         if len(group) == 1:
-            bank = training.repeat(parallel.replicate(banks[0], devices))
+            bank = training.repeat(parallel.replicate(own[0], devices))
             training.fit(one, states[0], bank, stage=stages[0], seed=seeds[0], **arguments)
         else:
-            bank = training.repeat(parallel.replicate(imagination.stack_tasks(banks), devices))
+            bank = training.repeat(parallel.replicate(imagination.stack_tasks(own), devices))
             state = jax.tree.map(lambda *x: np.stack(x), *states)
             training.fit_together(together, state, bank, stages=stages, seed=np.array(seeds, np.int32), **arguments)
 
@@ -225,17 +226,16 @@ def _extend(encoded: list, episodes: list, more: tuple[list[LatentState], list[S
     episodes += more[1]
 
 
-def groups(tasks: list[str], inputs: dict, workdir: str, size: int) -> list[list[str]]:
-    """Up to `size` tasks each that can be one program: at the same iteration, with start banks of the same size.
+def groups(tasks: list[str], workdir: str, size: int) -> list[list[str]]:
+    """Up to `size` tasks each that can be one program: at the same iteration.
 
     A run that was killed between the saves of a group left some tasks a checkpoint ahead: they go back to the others.
     """
     starts = {task: training.starts(workdir, stage(task)) for task in tasks}
     newest = {steps[-1] for steps in starts.values()}
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[int, list[str]] = {}
     for task in tasks:
-        key = min(newest.intersection(starts[task])), len(inputs[task].start.deterministic)
-        alike.setdefault(key, []).append(task)
+        alike.setdefault(min(newest.intersection(starts[task])), []).append(task)
     return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
 

@@ -225,12 +225,9 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
         reward_params = scene_params(params, config.tasks[0])
     else:
         reward_params = train_reward.initial_state(config, config.tasks[0]).params
-    inputs = ImaginationInputs(
-        start=made_up.latents(config, 64),
-        world_model_params=world_model.imagination_params(model, params),
-        reward_params=reward_params,
-        base_policy_params=base_policy,
-    )
+    start, num_starts = made_up.latents(config, 64), np.array(64, np.int32)
+    frozen = world_model.imagination_params(model, params)
+    inputs = ImaginationInputs(start, num_starts, frozen, reward_params, base_policy)
     state = finetune_policy.initial_state(config, config.tasks[0], base_policy)
     update = functools.partial(
         ppo.iteration,

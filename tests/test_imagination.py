@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pytest
 
 from wam_jax import diffusion_policy, imagination
 from wam_jax.imagination import ImaginationInputs
@@ -67,7 +68,8 @@ def make_policy():
 
 def make_inputs(goal, start=None):
     start = make_bank() if start is None else start
-    return ImaginationInputs(start, {"gain": jnp.ones(())}, {"goal": jnp.asarray(goal)}, make_policy())
+    size = jnp.int32(len(start.deterministic))
+    return ImaginationInputs(start, size, {"gain": jnp.ones(())}, {"goal": jnp.asarray(goal)}, make_policy())
 
 
 PAIR = ml_collections.FrozenConfigDict({**SETTINGS, "num_rollouts": 2})
@@ -86,16 +88,30 @@ def rollout(inputs, rng):
 
 
 def start_pair(inputs):
-    state = reset(inputs.start, jax.random.key(0))
+    state = reset(inputs.start, inputs.num_starts, jax.random.key(0))
     return jax.tree.map(lambda x: x[:2] if x.ndim else x, state)
 
 
 def test_starts_come_from_the_bank_with_fresh_latents():
-    state = reset(make_bank(), jax.random.key(0))
+    state = reset(make_bank(), 5, jax.random.key(0))
     position = np.asarray(state.latent.deterministic[:, 0])
     assert set(np.round(100 * position).astype(int)) == {0, 1, 2, 3, 4}
     assert (state.latent.stochastic.sum(-1) == 1).all() and state.latent.stochastic[..., 0].mean() < 0.5
     assert not state.done.any() and state.success_count.sum() == 0
+
+
+@pytest.mark.parametrize("size", [5, 24, 64, 70])
+def test_all_starts_are_drawn_equally_often_and_padding_never(size):
+    bank = make_bank(size).replace(deterministic=jnp.arange(size)[:, None] * jnp.ones(3))
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.full((7, *x.shape[1:]), jnp.nan)]), bank)
+    seen = []
+    for seed in range(20):
+        drawn = np.asarray(reset(padded, size, jax.random.key(seed)).latent.deterministic[:, 0])
+        np.testing.assert_array_equal(drawn, reset(bank, size, jax.random.key(seed)).latent.deterministic[:, 0])
+        counts = np.bincount(drawn.astype(int), minlength=size)
+        assert len(counts) == size and set(counts) <= {64 // size, -(-64 // size)}
+        seen.append(counts)
+    assert (np.sum(seen, axis=0) > 20 * (64 // size)).all() or size == 64  # which ones are drawn once more is chance
 
 
 def test_a_decision_takes_every_action_in_order_with_the_gripper_thresholded():

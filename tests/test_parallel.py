@@ -223,6 +223,7 @@ def check_ppo_iteration_on_8_devices():
     policy = diffusion_policy.init(jax.random.key(0), state_dim(), policy_settings).params
     inputs = imagination.ImaginationInputs(
         start=latents.latent_at(make_bank(), slice(0, 5)),
+        num_starts=np.array(5, np.int32),
         world_model_params=helpers.make_state(model).params,
         reward_params=success_classifier.init(jax.random.key(1), state_dim(), reward_settings).params,
         base_policy_params=policy,

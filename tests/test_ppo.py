@@ -99,7 +99,7 @@ def make_state(settings=POLICY_SETTINGS):
 def make_inputs(goal=1.0, settings=POLICY_SETTINGS):
     start = LatentState(jnp.zeros((3, 2)), jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)).at[..., 0].set(1))
     return ImaginationInputs(
-        start, {"gain": jnp.asarray(0.25)}, {"goal": jnp.asarray(goal)}, make_policy(settings=settings)
+        start, jnp.int32(3), {"gain": jnp.asarray(0.25)}, {"goal": jnp.asarray(goal)}, make_policy(settings=settings)
     )
 
 

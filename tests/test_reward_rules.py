@@ -98,7 +98,7 @@ def test_an_imagined_episode_ends_where_the_drawer_has_moved_from_where_it_was()
 
     policy = diffusion_policy.init(jax.random.key(0), specs.NUM_MECHANISMS + 1, policy_settings).params
     params = reward_rules.scene_params({"scene_decoder": {}}, "open_drawer")
-    inputs = imagination.ImaginationInputs(start, {}, params, policy)
+    inputs = imagination.ImaginationInputs(start, jnp.int32(rollouts), {}, params, policy)
     episodes = imagination.rollout(
         diffusion_policy.PolicyParams(policy, policy), inputs, jax.random.key(0), explore=False, settings=settings,
         imagine_step=imagine_step, reward_rule=scene_rule(1), policy_settings=policy_settings,

@@ -10,8 +10,7 @@ import pytest
 import test_training as toys
 
 from experiments import finetune_policy
-from wam_jax import imagination, parallel, training
-from wam_jax.types import LatentState
+from wam_jax import imagination, latents, parallel, training
 
 quick_compilation = helpers.quick_compilation
 
@@ -74,11 +73,15 @@ def test_a_stage_that_breaks_among_others_is_named(tmp_path):
 def test_tasks_fine_tuned_together_equal_those_one_after_another():
     update, state, inputs = toys.bank_stages()["ppo"]
     update = functools.partial(update, axis_name=parallel.AXIS_NAME)
+    starts = [inputs.start, jax.tree.map(lambda x: x[::-2], inputs.start)]
+    (start, size), (other_start, other_size) = latents.pad_start_banks(starts)
+    assert (size, other_size) == (5, 3)
     other = inputs.replace(
-        start=jax.tree.map(lambda x: x[::-1], inputs.start),
+        start=other_start,
+        num_starts=other_size,
         reward_params=jax.tree.map(lambda x: x + 0.1, inputs.reward_params),
     )
-    tasks = [inputs, other]
+    tasks = [inputs.replace(start=start, num_starts=size), other]
     run = parallel.compile_updates(update, toys.DEVICES, num_updates=toys.N)
     several = jax.vmap(update, in_axes=(0, imagination.TASK_AXES, 0))
     together = parallel.compile_updates(several, toys.DEVICES, num_updates=toys.N)
@@ -86,21 +89,18 @@ def test_tasks_fine_tuned_together_equal_those_one_after_another():
     bank = parallel.replicate(imagination.stack_tasks(tasks), toys.DEVICES)
     state_of_all, metrics_of_all = together(stacked, bank, np.array([3, 5], np.int32), 0)
     for index, (task, seed) in enumerate(zip(tasks, (3, 5), strict=True)):
-        args = (parallel.replicate(x, toys.DEVICES) for x in (jax.device_get(state), task))
+        own = task.replace(start=latents.latent_at(task.start, slice(0, int(task.num_starts))))  # without padding
+        args = (parallel.replicate(x, toys.DEVICES) for x in (jax.device_get(state), own))
         alone, metrics_alone = run(*args, seed, 0)
         helpers.assert_close({k: v[..., index] for k, v in metrics_of_all.items()}, metrics_alone, rtol=1e-3, atol=1e-4)
         ours = jax.tree.map(lambda x, i=index: x[:, i], state_of_all)
         helpers.assert_close(ours.params, alone.params, rtol=0, atol=1e-5)
 
 
-def test_tasks_share_a_program_at_the_same_iteration_with_banks_of_one_size(tmp_path):
+def test_tasks_share_a_program_at_the_same_iteration(tmp_path):
     toys.fit(tmp_path, 8, stage="ppo/turn_on_led")
     toys.fit(tmp_path, 4, stage="ppo/close_drawer")  # its first save, killed before open_drawer's
 
-    def inputs(size):
-        return imagination.ImaginationInputs(LatentState(np.zeros((size, 2)), None, None), {}, {}, {})
-
-    sizes = {"open_drawer": 5, "close_drawer": 5, "turn_on_led": 5, "turn_off_led": 7, "move_slider_left": 5}
-    banks = {task: inputs(size) for task, size in sizes.items()}
-    found = finetune_policy.groups(list(sizes), banks, str(tmp_path), 2)
-    assert found == [["open_drawer", "close_drawer"], ["move_slider_left"], ["turn_on_led"], ["turn_off_led"]]
+    tasks = ["open_drawer", "close_drawer", "turn_on_led", "turn_off_led"]
+    found = finetune_policy.groups(tasks, str(tmp_path), 2)
+    assert found == [["open_drawer", "close_drawer"], ["turn_off_led"], ["turn_on_led"]]

@@ -156,6 +156,7 @@ def bank_stages():
     action = np.random.default_rng(0).uniform(-1, 1, (12, config.policy.chunk, 7)).astype(np.float32)
     inputs = imagination.ImaginationInputs(
         start=latents.latent_at(bank, slice(0, 5)),
+        num_starts=np.array(5, np.int32),
         world_model_params=helpers.make_state(model).params,
         reward_params=reward.params,
         base_policy_params=policy.params,

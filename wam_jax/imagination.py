@@ -35,14 +35,19 @@ RewardRule = Callable[[Params, Array, Array, Array], tuple[Array, Array]]
 class ImaginationInputs:
     """What imagination needs and training does not change."""
 
-    start: LatentState  # [M, ...], bank of start latents (posteriors of real first frames)
+    start: LatentState  # [M, ...], bank of start latents (posteriors of real first frames); padded, as PolicyBank is
+    num_starts: Array  # int32 [], the rows in front of the padding
     world_model_params: Params
     reward_params: Params  # of the success classifier, or whatever the reward rule reads
     base_policy_params: Params  # of the cloned policy (its moving average)
 
 
 # For jax.vmap: what each of several tasks has of its own (0), and the world model that they share (None).
-TASK_AXES = ImaginationInputs(start=0, world_model_params=None, reward_params=0, base_policy_params=0)  # type: ignore
+_AXES: dict[str, Any] = {
+    **dict.fromkeys(("start", "num_starts", "reward_params", "base_policy_params"), 0),
+    "world_model_params": None,
+}
+TASK_AXES = ImaginationInputs(**_AXES)
 
 
 def stack_tasks(inputs: Sequence[ImaginationInputs]) -> ImaginationInputs:
@@ -51,7 +56,7 @@ def stack_tasks(inputs: Sequence[ImaginationInputs]) -> ImaginationInputs:
     def stack(name):
         return jax.tree.map(lambda *x: np.stack(x), *(getattr(task, name) for task in inputs))
 
-    return inputs[0].replace(**{name: stack(name) for name in ("start", "reward_params", "base_policy_params")})
+    return inputs[0].replace(**{name: stack(name) for name, axis in _AXES.items() if axis == 0})
 
 
 @flax.struct.dataclass
@@ -78,17 +83,20 @@ class Rollout:
     valid: Array  # bool [H, B]
 
 
-def reset(start: LatentState, rng: Array, *, policy_settings: Any, settings: Any) -> ImaginedState:
-    """Draws the first latent of each episode uniformly from a bank; none twice where the bank holds enough.
+def reset(start: LatentState, num_starts: Array, rng: Array, *, policy_settings: Any, settings: Any) -> ImaginedState:
+    """Draws the first latent of each episode uniformly from a bank; none again before all have been drawn as often.
 
     Args:
       start: [M, ...], the bank.
+      num_starts: int32 [], at least 1: its rows in front of the padding, which is never drawn.
       rng: one key.
       policy_settings, settings: see diffusion_policy and the module.
     """
     row_rng, latent_rng = jax.random.split(rng)
     size = start.deterministic.shape[0]
-    rows = jax.random.choice(row_rng, size, (settings.num_rollouts,), replace=size < settings.num_rollouts)
+    place = jax.random.uniform(row_rng, (size,))  # of a row: the same whatever padding comes after it
+    order = jnp.argsort(jnp.where(jnp.arange(size) < num_starts, place, jnp.inf))
+    rows = order[jnp.arange(settings.num_rollouts) % num_starts]
     latent = jax.tree.map(lambda x: x[rows], start)
     if settings.resample_latent:
         stochastic = categorical.sample_one_hot(latent.logits, latent_rng).astype(latent.stochastic.dtype)
@@ -185,7 +193,7 @@ def rollout(
 
     policy = diffusion_policy.in_compute_dtype(policy, settings=policy_settings)
     reset_rng, decision_rng = jax.random.split(rng)
-    state = reset(inputs.start, reset_rng, policy_settings=policy_settings, settings=settings)
+    state = reset(inputs.start, inputs.num_starts, reset_rng, policy_settings=policy_settings, settings=settings)
     last_state, decisions = lax.scan(decide, state, jax.random.split(decision_rng, settings.horizon))
     feature, chain, reward, terminated, truncated, valid = decisions
     last_feature = diffusion_policy.features(last_state.latent, settings=policy_settings)

@@ -178,6 +178,13 @@ def start_bank(latents: Sequence[LatentState], first_step: int, last_step: int) 
     return jax.tree.map(lambda *x: np.concatenate(x), *map(chosen, latents))
 
 
+def pad_start_banks(banks: Sequence[LatentState]) -> list[tuple[LatentState, Array]]:
+    """Pads banks to the longest, so that one compiled iteration serves them all; and their numbers of rows before."""
+    sizes = [len(bank.deterministic) for bank in banks]
+    padded = [jax.tree.map(lambda x: _pad_rows(x, max(sizes), 0), bank) for bank in banks]
+    return list(zip(padded, np.array(sizes, np.int32), strict=True))
+
+
 def latent_at(latent: LatentState, index: slice | int) -> LatentState:
     """Indexes the leading axis."""
     return jax.tree.map(lambda x: x[index], latent)

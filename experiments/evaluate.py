@@ -13,6 +13,7 @@ python -m experiments.evaluate --environment=calvin --policy=expert --calvin_ass
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.environments.interface import Environment
 from wam_jax.types import LatentState, Observation, Params
 from wam_jax.world_model import WorldModel
+
+_SAVE_EVERY = 1.0  # seconds: hundreds of episodes end within one where an accelerator simulates them
 
 flags.DEFINE_string("starts", "", "CALVIN: npz of start states, taken in order; empty: random ones")
 
@@ -134,13 +137,23 @@ def batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
 def _play(
     config, workdir: str, stage: str, task: str, environment: Environment, policy: evaluation.Policy, films: int
 ) -> list[tables.Episode]:
-    """A task's episodes; those that are missing, or lack their film, are played now, and kept as they end."""
+    """A task's episodes; those that are missing, or lack their film, are played now, and kept as they end.
+
+    A killed process loses those that ended within a second of a saved one; an interrupted one loses none.
+    """
     path, simulator = _episodes_path(workdir, stage), _describe(environment, stage)
+    saved = 0.0
     known = {(episode.task, episode.number): episode for episode in tables.load_episodes(path)}
 
     def keep(number: int, success: bool, steps: int) -> None:
         known[task, number] = tables.Episode(task, number, success, steps, simulator)
+        if time.monotonic() - saved > _SAVE_EVERY:
+            save()
+
+    def save() -> None:
+        nonlocal saved
         tables.save(path, list(known.values()))
+        saved = time.monotonic()
 
     def lacks_film(number: int) -> bool:
         return number < films and not _filmed(workdir, stage, task, [number])
@@ -148,10 +161,13 @@ def _play(
     lacking = [n for n in range(config.evaluation.num_episodes) if (task, n) not in known or lacks_film(n)]
     for batch in batches(lacking, config.evaluation.batch_size):
         filmed = [number for number in batch if number < films]  # the first ones: numbers rise
-        result = evaluation.rollout(
-            environment, policy, task, jax.random.key(config.evaluation.seed), numbers=batch,
-            max_steps=config.evaluation.max_steps, films=len(filmed), ended=keep,
-        )  # fmt: skip
+        try:
+            result = evaluation.rollout(
+                environment, policy, task, jax.random.key(config.evaluation.seed), numbers=batch,
+                max_steps=config.evaluation.max_steps, films=len(filmed), ended=keep,
+            )  # fmt: skip
+        finally:
+            save()
         for row, number in enumerate(filmed):
             frames = jax.tree.map(lambda x, row=row: x[row], result.video)
             _film(_film_path(workdir, stage, task, number), frames, known[task, number])

@@ -34,6 +34,7 @@ from wam_jax.environments.interface import Environment
 from wam_jax.types import LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
+_init = jax.jit(ppo.init, static_argnums=(2, 3))  # one program, not one for each operation
 _COLLECTION = 1_000_000  # folded into a step's key, far from any device's number
 
 
@@ -266,7 +267,7 @@ def imagination_functions(config, model: WorldModel) -> dict:
 def initial_state(config, task: str, base_policy_params) -> ppo.PPOState:
     """PPO before its first iteration: the actor is the cloned policy."""
     rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
-    return ppo.init(rng, base_policy_params, world_model.feature_dim(config.world_model), ppo_settings(config))
+    return _init(rng, base_policy_params, world_model.feature_dim(config.world_model), ppo_settings(config))
 
 
 def load(config, workdir: str, task: str) -> PolicyParams:

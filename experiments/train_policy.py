@@ -11,6 +11,8 @@ from experiments import launch, train_world_model
 from wam_jax import datasets, diffusion_policy, latents, parallel, specs, training, world_model
 from wam_jax.types import LatentState, Params, StepBatch
 
+_init = jax.jit(diffusion_policy.init, static_argnums=(1, 2))  # one program, not one for each operation
+
 
 def run(config, workdir: str) -> None:
     """Trains the policy of every task to `policy.num_steps`."""
@@ -55,7 +57,7 @@ def policy_settings(config):
 def initial_state(config, task: str) -> diffusion_policy.PolicyState:
     """The policy before training."""
     rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
-    return diffusion_policy.init(rng, world_model.feature_dim(config.world_model), policy_settings(config))
+    return _init(rng, world_model.feature_dim(config.world_model), policy_settings(config))
 
 
 @functools.lru_cache(maxsize=1)  # policy, reward and PPO of one run read the same

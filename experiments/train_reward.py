@@ -16,6 +16,7 @@ from wam_jax import (
     json_files,
     latents,
     parallel,
+    raw_cache,
     reward_rules,
     specs,
     success_classifier,
@@ -25,6 +26,7 @@ from wam_jax import (
 from wam_jax.types import LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
+_init = jax.jit(success_classifier.init, static_argnums=(1, 2))  # one program, not one for each operation
 _IMAGINED = 1  # tells the key of imagination from those of the filter
 
 
@@ -91,7 +93,7 @@ def reward_settings(config):
 def initial_state(config, task: str) -> success_classifier.ClassifierState:
     """The classifier before training."""
     rng = jax.random.fold_in(jax.random.key(config.seed), specs.task_index(task))
-    return success_classifier.init(rng, world_model.feature_dim(config.world_model), reward_settings(config))
+    return _init(rng, world_model.feature_dim(config.world_model), reward_settings(config))
 
 
 def encode_attempts(
@@ -99,12 +101,12 @@ def encode_attempts(
 ) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
     """The annotated attempts of play at some tasks, failures among them, and their latents; none without the split.
 
-    Those of all tasks can be gigabytes, and nothing is kept here: who needs them one task after another asks so.
+    Those of all tasks can be gigabytes, and nothing is kept here: who needs them one task after another asks so. A raw
+    cache, which training the world model has built, spares their decoding.
     """
     model, params = train_world_model.load(config, workdir)
-    attempts = datasets.read_attempts(
-        launch.play_directory(config, workdir), split, [specs.task_index(task) for task in tasks]
-    )
+    read = raw_cache.read_attempts if config.dataset.cache in ("mmap", "device") else datasets.read_attempts
+    attempts = read(launch.play_directory(config, workdir), split, [specs.task_index(task) for task in tasks])
     encoded = {}
     for task in tasks:
         chosen = attempts[specs.task_index(task)]

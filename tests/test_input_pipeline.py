@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import verify_dataset
-from wam_jax import datasets, input_pipeline, rlds
+from wam_jax import datasets, input_pipeline, raw_cache, rlds
 from wam_jax.types import Observation, StepBatch
 
 LENGTHS = (9, 3, 14, 20, 5)  # steps of the episodes of the train split; one is shorter than a window
@@ -68,8 +68,11 @@ def test_attempts_are_the_long_enough_spans_of_a_task():
     assert datasets.attempt_spans(labels, [0], min_steps=1) == []
 
 
-def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_split(directory, tmp_path):
-    attempts = datasets.read_attempts(directory, "train", [0, 2, 6], min_steps=4)  # episode i is all task i
+@pytest.mark.parametrize("read_attempts", [datasets.read_attempts, raw_cache.read_attempts])
+def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_split(
+    directory, tmp_path, read_attempts
+):
+    attempts = read_attempts(directory, "train", [0, 2, 6], min_steps=4)  # episode i is all task i
     assert {task: [len(steps.action) for steps in found] for task, found in attempts.items()} == {
         0: [9],
         2: [14],
@@ -77,7 +80,7 @@ def test_attempts_are_read_from_a_split_of_play_and_nothing_where_it_lacks_the_s
     }
     helpers.assert_equal(attempts[2][0], datasets.read_episodes(directory)[2])
     helpers.write_dataset(tmp_path, "training", {"train": [make_episode(0, 6)]})
-    assert datasets.read_attempts(tmp_path, "validation", [0]) == {0: []}
+    assert read_attempts(tmp_path, "validation", [0]) == {0: []}
 
 
 def test_the_task_of_every_episode(directory):

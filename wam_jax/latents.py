@@ -13,7 +13,7 @@ from wam_jax.success_classifier import ClassifierBatch
 from wam_jax.types import Array, LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
-_LENGTH_MULTIPLE = 16  # episodes are padded to multiples of this, so that few programs are compiled
+_SHORT, _LONG = 32, 128  # episodes are padded to multiples of these, so that few programs are compiled
 
 
 def encode_episodes(
@@ -71,7 +71,8 @@ def _in_batches(apply, items: Sequence, lengths: Sequence[int], rng: Array, batc
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         longest = max(lengths[i] for i in indices)
-        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        multiple = _SHORT if longest <= _LONG else _LONG
+        length = -(-longest // multiple) * multiple
         rows = indices + indices[-1:] * (batch_size - len(indices))  # a full batch, so that one program serves all
         batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(items[i], length) for i in rows])
         results = jax.device_get(apply(batch, jax.random.fold_in(rng, first)))

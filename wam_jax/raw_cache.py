@@ -77,6 +77,23 @@ def load(directory: str | Path, split: str) -> StepBatch:
         raise ValueError(f"{folder} is damaged ({error}); delete it, it is then made anew") from error
 
 
+def read_attempts(
+    directory: str | Path, split: str, tasks: Sequence[int], *, min_steps: int = 8
+) -> dict[int, list[StepBatch]]:
+    """What `datasets.read_attempts` returns, but as views into the cache: nothing is decoded, or held in memory."""
+    if split not in datasets.open_builder(directory).info.splits:
+        return {task: [] for task in tasks}
+    steps, end = load(directory, split), 0
+    labels = np.asarray(steps.task)
+    attempts: dict[int, list[StepBatch]] = {task: [] for task in tasks}
+    for length in datasets.episode_lengths(directory, split):
+        first, end = end, end + length
+        for task, span in datasets.attempt_spans(labels[first:end], tasks, min_steps=min_steps):
+            rows = slice(first + span.start, first + span.stop)
+            attempts[task].append(jax.tree.map(lambda x, rows=rows: x[rows], steps))
+    return attempts
+
+
 def verify(directory: str | Path) -> list[str]:
     """Compares the raw caches of a dataset with their checksums, where there are some.
 

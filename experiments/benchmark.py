@@ -5,7 +5,6 @@ python -m experiments.benchmark --output=docs/benchmarks/FILE.json
 Sizes are the paper's unless --config names others; windows are 4, 10 and 50 of 50 steps. Each stage's own compiled
 program runs on made-up inputs. On a CPU, seconds of the processor count, which other programs disturb little;
 `taskset -c 0` in front makes it one core's speed.
---compile_jobs=N compiles N programs side by side, which shortens the whole on a machine of many cores.
 --only picks workloads, by whole parts of what is printed: --only=world_model_update/10x50,bc_update. It also picks what
 is else left out on the device, such as bfloat16 on a CPU.
 --baseline prints ratios of rates against an earlier file. --devices=N lets N devices work together, each on a batch of
@@ -21,8 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +57,7 @@ class Row:
     batch: int
     length: int
     devices: int
-    compile_s: float  # tracing and compilation, without a cache; beside other compilations with --compile_jobs
+    compile_s: float  # tracing and compilation, without a cache
     wall_s: float  # of a call
     cpu_s: float  # of this process, in a call
     items: int  # in a call
@@ -144,15 +142,13 @@ def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str, rows:
     failed: list[str] = []
     jax.config.update("jax_enable_compilation_cache", False)
     rates: dict[str, float] = {}
-    ready = _prepare_all(chosen)
-    for label in tqdm(chosen, desc="benchmark", unit="workload", disable=None):
+    for label, case in tqdm(chosen.items(), desc="benchmark", unit="workload", disable=None):
         try:
-            prepared = ready(label)
-            workload = prepared.workload
+            workload = case()
             if workload.flops and workload.dtype not in rates:
                 rates[workload.dtype] = matmul_rate(workload.dtype)
                 tqdm.write(f"matrix product, {workload.dtype}: {rates[workload.dtype] / 1e9:,.0f} GFLOP/s", sys.stderr)
-            rows.append(measure(prepared, rates.get(workload.dtype, 0)))
+            rows.append(measure(workload, rates.get(workload.dtype, 0)))
         except Exception as error:  # whatever a compiler or a device says to one workload; the others go on
             failed.append(f"error: {label}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             continue
@@ -162,32 +158,52 @@ def measure_all(chosen: Mapping[str, Callable[[], Workload]], output: str, rows:
     return failed
 
 
-class Prepared(NamedTuple):
-    """A compiled workload."""
+def measure(workload: Workload, matmul: float) -> Row:
+    """Compiles a workload and runs it for a while.
 
-    workload: Workload
-    call: Callable[[], None]
-    compile_s: float
-    peak_bytes: int  # that the compiler plans
-    waits: list[float]  # seconds that each call has waited for its batch
+    Args:
+      workload: what to run.
+      matmul: FLOP/s of one device, or of the processor, in a plain matrix product.
+    """
+    waits: list[float] = []
+    call, compile_s, peak_bytes = _compile(workload, waits)
+    wall, cpu, calls = _time(call)
+    if isinstance(workload, Feed | FedProgram):
+        workload.feed.close()  # or its threads would work beside the next workload
+    on_cpu = jax.default_backend() == "cpu"
+    seconds = cpu if on_cpu else wall * workload.devices
+    return Row(
+        name=workload.name,
+        variant=workload.variant,
+        dtype=workload.dtype,
+        batch=workload.batch,
+        length=workload.length,
+        devices=workload.devices,
+        compile_s=round(compile_s, 3),
+        wall_s=wall,
+        cpu_s=cpu,
+        items=workload.items,
+        unit=workload.unit,
+        flops=workload.flops,
+        share_of_matmul=round(workload.flops / seconds / matmul, 4) if workload.flops else None,
+        peak_bytes=peak_bytes,
+        calls=calls,
+        date=time.strftime("%Y-%m-%d"),
+        machine=metrics.machine(),
+        waiting_s=statistics.median(waits[-calls:]) if waits else None,
+    )
 
 
-def _prepare_all(chosen: Mapping[str, Callable[[], Workload]]) -> Callable[[str], Prepared]:
-    """Prepares workloads: with --compile_jobs side by side, before anything is timed, else each in its turn.
+def _compile(workload: Workload, waits: list[float]) -> tuple[Callable[[], None], float, int]:
+    """Prepares a workload.
+
+    Args:
+      workload: what to run.
+      waits: gets the seconds that each call waits for its batch.
 
     Returns:
-      from a label to what is prepared; raises what went wrong with that one.
+      what makes a call, the seconds that compilation took, and the bytes that the compiler plans.
     """
-    if _COMPILE_JOBS.value == 1:
-        return lambda label: prepare(chosen[label]())
-    with ThreadPoolExecutor(_COMPILE_JOBS.value) as pool:
-        futures = {label: pool.submit(lambda case: prepare(case()), case) for label, case in chosen.items()}
-    return lambda label: futures.pop(label).result()
-
-
-def prepare(workload: Workload) -> Prepared:
-    """Compiles a workload."""
-    waits: list[float] = []
 
     def fetch(feed: Batches) -> Any:
         start = time.perf_counter()
@@ -196,7 +212,7 @@ def prepare(workload: Workload) -> Prepared:
         return batch
 
     if isinstance(workload, Feed):
-        return Prepared(workload, functools.partial(fetch, workload.feed), 0.0, 0, waits)
+        return functools.partial(fetch, workload.feed), 0.0, 0
     assert isinstance(workload, Program)
     start = time.perf_counter()
     compiled = workload.program.lower(*workload.arguments).compile()
@@ -212,42 +228,7 @@ def prepare(workload: Workload) -> Prepared:
         if workload.carried:
             arguments[0] = result[0]
 
-    return Prepared(workload, call, compile_s, planned - plan.alias_size_in_bytes, waits)
-
-
-def measure(prepared: Prepared, matmul: float) -> Row:
-    """Runs a workload for a while.
-
-    Args:
-      prepared: from `prepare`.
-      matmul: FLOP/s of one device, or of the processor, in a plain matrix product.
-    """
-    workload = prepared.workload
-    wall, cpu, calls = _time(prepared.call)
-    if isinstance(workload, Feed | FedProgram):
-        workload.feed.close()  # or its threads would work beside the next workload
-    on_cpu = jax.default_backend() == "cpu"
-    seconds = cpu if on_cpu else wall * workload.devices
-    return Row(
-        name=workload.name,
-        variant=workload.variant,
-        dtype=workload.dtype,
-        batch=workload.batch,
-        length=workload.length,
-        devices=workload.devices,
-        compile_s=round(prepared.compile_s, 3),
-        wall_s=wall,
-        cpu_s=cpu,
-        items=workload.items,
-        unit=workload.unit,
-        flops=workload.flops,
-        share_of_matmul=round(workload.flops / seconds / matmul, 4) if workload.flops else None,
-        peak_bytes=prepared.peak_bytes,
-        calls=calls,
-        date=time.strftime("%Y-%m-%d"),
-        machine=metrics.machine(),
-        waiting_s=statistics.median(prepared.waits[-calls:]) if prepared.waits else None,
-    )
+    return call, compile_s, planned - plan.alias_size_in_bytes
 
 
 def matmul_rate(dtype: str) -> float:
@@ -325,6 +306,5 @@ if __name__ == "__main__":  # its flags are those of the binary alone: tests imp
     _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the rows")
     _BASELINE = flags.DEFINE_string("baseline", "", "An earlier --output to compare with")
     _DEVICES = flags.DEFINE_integer("devices", 1, "How many devices train together; 0: all of this host", lower_bound=0)
-    _COMPILE_JOBS = flags.DEFINE_integer("compile_jobs", 1, "Programs compiled side by side, before any is timed", 1)
     _SECONDS = flags.DEFINE_float("seconds", 5.0, "Least time for each workload, after its compilation", lower_bound=0)
     app.run(main, flags_parser=launch.parse_flags)

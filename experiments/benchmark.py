@@ -64,7 +64,7 @@ class Row:
     unit: str
     flops: int  # of matrix products and convolutions in a call, over all devices
     share_of_matmul: float | None  # of the devices' rate in a plain matrix product of that dtype
-    peak_bytes: int  # as the compiler plans arguments, results and temporaries, on all devices
+    peak_bytes: int  # of a device, as the compiler plans arguments, results and temporaries
     calls: int
     date: str
     machine: str

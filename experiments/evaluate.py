@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments import finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
 from experiments.configs import calvin_d, quickstart
-from wam_jax import environments, evaluation, imagination, json_files, tables, videos
+from wam_jax import environments, evaluation, imagination, json_files, tables, videos, world_model
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.environments.interface import Environment
 from wam_jax.types import LatentState, Observation, Params
@@ -230,7 +230,8 @@ def start_latents(config, environment: Environment, policy: evaluation.Policy, t
 def imagined_success(config, trained: Trained, starts: LatentState) -> float:
     """Success of a policy, sampled as in evaluation, from a bank of starts inside the world model."""
     inputs = imagination.ImaginationInputs(
-        starts, jnp.int32(len(starts.deterministic)), trained.world_model_params, trained.reward_params,
+        starts, jnp.int32(len(starts.deterministic)),
+        world_model.imagination_params(trained.model, trained.world_model_params), trained.reward_params,
         trained.policy.base,
     )  # fmt: skip
     episodes = _imagine(config, trained.model)(trained.policy, inputs, jax.random.key(config.evaluation.seed))

@@ -101,12 +101,13 @@ def encode_attempts(
 ) -> dict[str, tuple[list[LatentState], list[StepBatch]]]:
     """The annotated attempts of play at some tasks, failures among them, and their latents; none without the split.
 
-    Those of all tasks can be gigabytes, and nothing is kept here: who needs them one task after another asks so. A raw
-    cache, which training the world model has built, spares their decoding.
+    Those of all tasks can be gigabytes, and nothing is kept here: who needs them one task after another asks so. Where
+    the split has a raw cache they are views into it, and nothing is decoded.
     """
     model, params = train_world_model.load(config, workdir)
-    read = raw_cache.read_attempts if config.dataset.cache in ("mmap", "device") else datasets.read_attempts
-    attempts = read(launch.play_directory(config, workdir), split, [specs.task_index(task) for task in tasks])
+    directory = launch.play_directory(config, workdir)
+    read = raw_cache.read_attempts if raw_cache.is_current(directory, split) else datasets.read_attempts
+    attempts = read(directory, split, [specs.task_index(task) for task in tasks])
     encoded = {}
     for task in tasks:
         chosen = attempts[specs.task_index(task)]

@@ -162,8 +162,13 @@ def update_flops(settings, batch: StepBatch) -> int:
     """FLOPs of one update of the world model; rows that only fill registers up are no work."""
     model = world_model.build(settings)
     state = jax.eval_shape(functools.partial(world_model_training.create_state, model), jax.random.key(0))
+    return _count(functools.partial(world_model_training.update, model=model), state, batch, jax.random.key(0))
+
+
+def _count(function: Callable, *arguments: Any) -> int:
+    """FLOPs of a call, each product once, in whatever form the device computes it."""
     with plain.plain_products():
-        return flops.count(functools.partial(world_model_training.update, model=model), state, batch, jax.random.key(0))
+        return flops.count(function, *arguments)
 
 
 def imagination(config: FrozenConfigDict) -> Program:
@@ -186,7 +191,7 @@ def imagination(config: FrozenConfigDict) -> Program:
         unit="latents",
         program=jax.jit(last),
         arguments=(params, latent, action, rng),
-        flops=flops.count(last, params, latent, action, rng),
+        flops=_count(last, params, latent, action, rng),
     )
 
 
@@ -212,7 +217,7 @@ def bc_update(config: FrozenConfigDict) -> Program:
         ),
         arguments=(parallel.replicate(state, devices), parallel.replicate(bank, devices), 0, 0),
         carried=True,
-        flops=len(devices) * num_updates * flops.count(update, state, bank, jax.random.key(0)),
+        flops=len(devices) * num_updates * _count(update, state, bank, jax.random.key(0)),
     )
 
 
@@ -235,7 +240,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
         policy_settings=train_policy.policy_settings(config),
         settings=settings,
     )
-    iteration_flops = flops.count(update, state, inputs, jax.random.key(0))
+    iteration_flops = _count(update, state, inputs, jax.random.key(0))
     program: Callable = functools.partial(update, axis_name=parallel.AXIS_NAME)
     seed: Any = 0
     if num_tasks > 1:
@@ -290,7 +295,7 @@ def encoder(config: FrozenConfigDict) -> Program:
         unit="frames",
         program=jax.jit(step),
         arguments=arguments,
-        flops=flops.count(step, *arguments),
+        flops=_count(step, *arguments),
     )
 
 

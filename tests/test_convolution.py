@@ -71,7 +71,7 @@ def test_a_camera_is_the_same_in_every_form(camera, shape, form):
     helpers.assert_close_to_largest(other, compute())
 
 
-def test_blocks_of_images_change_nothing():
+def test_groups_of_images_change_nothing():
     large, kernel = (
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(6, 8, 8, 3), (4, 4, 3, 2)])
     )
@@ -84,7 +84,7 @@ def test_blocks_of_images_change_nothing():
         return jax.value_and_grad(loss, argnums=(0, 1))(large, kernel)
 
     whole = compute()
-    with mock.patch.object(convolution, "BLOCK_NUMBERS", 2 * 3 * 3 * 48):  # two images
+    with mock.patch.object(convolution, "GROUP_NUMBERS", 2 * 3 * 3 * 48):  # two images
         assert "scan" in str(jax.make_jaxpr(compute)())
         helpers.assert_close_to_largest(compute(), whole)
 

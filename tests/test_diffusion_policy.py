@@ -288,3 +288,20 @@ def test_standardised_policy_sees_features_of_mean_zero_and_trains_their_constan
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-6), params["params"]["standardized"], constants
         )
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
+def test_parameters_in_the_compute_dtype_are_what_the_layers_make_of_them(kind):
+    changes = {"kind": "gaussian", "denoising_steps": 1, "finetuned_steps": 1} if kind == "gaussian" else {}
+    settings = make_settings(compute_dtype="bfloat16", standardize=True, **changes)
+    params = diffusion_policy.init(jax.random.key(0), STATE_DIM, settings).params
+    params = jax.tree.map(lambda x: x + 0.01, params)
+    feature = jax.random.normal(jax.random.key(1), (ROWS, STATE_DIM))
+
+    def draw(params):
+        policy = PolicyParams(params, params)
+        return diffusion_policy.sample(policy, feature, jax.random.key(2), explore=True, settings=settings)
+
+    cast = diffusion_policy.in_compute_dtype(params, settings=settings)
+    assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(draw)(cast), jax.jit(draw)(params))

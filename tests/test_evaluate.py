@@ -86,12 +86,15 @@ def test_an_interrupted_evaluation_keeps_its_episodes_and_ends_as_an_undisturbed
     assert {(episode.success, episode.steps) for episode in episodes if episode.task == "open_drawer"} == {(True, 3)}
 
 
-def test_episodes_that_end_together_are_written_once(table, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "_SAVE_EVERY", float("inf"))
+@pytest.mark.parametrize(
+    ("seconds", "sizes"), [(float("inf"), [3, 6, 9, 12]), (-1, [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12])]
+)
+def test_episodes_that_end_together_are_written_once(table, monkeypatch, tmp_path, seconds, sizes):
+    monkeypatch.setattr(evaluate, "_SAVE_EVERY", seconds)
     with mock.patch.object(tables, "save", wraps=tables.save) as save:
         evaluate.run(make_config(num_episodes=6, batch_size=3), str(tmp_path), "expert")
-    sizes = [len(call.args[1]) for call in save.call_args_list if call.args[0].endswith(".episodes.json")]
-    assert sizes == [3, 6, 9, 12]  # once a batch, not once an episode
+    saved = [len(call.args[1]) for call in save.call_args_list if call.args[0].endswith(".episodes.json")]
+    assert saved == sizes  # where episodes end within a second, once a batch
 
 
 def test_a_finished_evaluation_stays_until_a_longer_one_replaces_it(table, played, tmp_path):

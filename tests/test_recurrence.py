@@ -37,17 +37,29 @@ def test_a_transposed_product_is_the_product(rows):
     helpers.assert_close_to_largest(found, compute(lax.dot_general))
 
 
-@pytest.mark.parametrize("backends", [("cpu",), ()])
+FORMS = {  # what backends take of them; no size of the small model is a multiple of 5
+    "keeping products": {"KEEPING_BACKENDS": ("cpu",)},
+    "computing them anew": {"KEEPING_BACKENDS": ()},
+    "kernels filled up": {"KEEPING_BACKENDS": (), "ALIGNED_BACKENDS": ("cpu",), "ALIGNED_TO": 5},
+}
+VARIANTS = [{}, {"robot_state": True}, {"robot_state": True, "soft_prior": True}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance, backends, monkeypatch):
-    monkeypatch.setattr(recurrence, "KEEPING_BACKENDS", backends)
-    model, batch = make_model(compute_dtype=dtype), make_steps()
+def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance, variant, form, monkeypatch):
+    for name, value in FORMS[form].items():
+        monkeypatch.setattr(recurrence, name, value)
+    model, batch = make_model(compute_dtype=dtype, **variant), make_steps()
     params = make_state(model).params
     embedding = world_model.embed(model, params, batch.observation)
 
     def compute(scan):
         def loss(params, embedding):
             latents = world_model.observe(model, params, embedding, batch.action, jax.random.key(3))
+            start = jax.tree.map(lambda x: x[:, 0], latents)
+            latents = latents, world_model.imagine(model, params, start, batch.action, jax.random.key(4))
             return sum(jnp.sin(x).sum() for x in jax.tree.leaves(latents)), latents
 
         with mock.patch.object(recurrence, "scan", scan):

@@ -310,3 +310,14 @@ def test_bfloat16_is_close_to_float32():
     rough = compile_forward(make_model(compute_dtype="bfloat16"))(params(), make_steps())[2]
     for name in ("reconstruction", "inverse_dynamics", "proprioception"):
         np.testing.assert_allclose(rough[name], exact[name], rtol=0.05)
+
+
+def test_parameters_for_imagination_imagine_the_same():
+    model = make_model(compute_dtype="bfloat16")
+    params = make_state(model).params
+    start = world_model.initial(model, params, 3)
+    step = jax.jit(functools.partial(world_model.imagine_step, model))
+    action = jnp.full((3, specs.ACTION_DIM), 0.3)
+    frozen = world_model.imagination_params(model, params)
+    assert set(frozen) == {"rssm"} and frozen["rssm"]["prior_out"]["kernel"].dtype == jnp.bfloat16
+    helpers.assert_equal(*(step(x, start, action, jax.random.key(0)) for x in (frozen, params)))

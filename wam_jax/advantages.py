@@ -13,6 +13,8 @@ from jax import lax
 from wam_jax.parallel import pmean
 from wam_jax.types import Array
 
+UNROLLED = 8  # steps of a loop over decisions that are one: a GPU launches three kernels for each of them
+
 
 @flax.struct.dataclass
 class RewardScale:
@@ -57,7 +59,7 @@ def scale_reward(
         so_far = reward + settings.discount * so_far
         return so_far, so_far
 
-    _, returns = lax.scan(forward, jnp.zeros_like(reward[0]), reward, unroll=True)
+    _, returns = lax.scan(forward, jnp.zeros_like(reward[0]), reward, unroll=UNROLLED)
     mean, variance, count = valid_moments(returns, valid, axis_name)
     total, shift = scale.count + count, mean - scale.mean
     squares = scale.squares + variance * jnp.maximum(count - 1, 0) + shift**2 * scale.count * count / total
@@ -99,5 +101,5 @@ def gae(
         advantage = delta + decay * following
         return advantage, advantage
 
-    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True, unroll=True)
+    _, advantage = lax.scan(backward, jnp.zeros_like(value[0]), (delta, decay), reverse=True, unroll=UNROLLED)
     return advantage, advantage + value

@@ -13,7 +13,7 @@ from wam_jax.success_classifier import ClassifierBatch
 from wam_jax.types import Array, LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
-_SHORT, _LONG = 32, 128  # episodes are padded to multiples of these, so that few programs are compiled
+_SHORT, _LONG = 32, 128  # episodes are padded to multiples of the first, from the second on to multiples of that one
 
 
 def encode_episodes(

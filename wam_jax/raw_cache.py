@@ -59,10 +59,10 @@ def load(directory: str | Path, split: str) -> StepBatch:
     """
     folder = Path(directory) / f"raw-{split}"
     lengths = datasets.episode_lengths(directory, split)
-    if not _is_current(folder, directory):
+    if not is_current(directory, split):
         with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:  # one process builds, others wait for it
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_current(folder, directory):
+            if not is_current(directory, split):
                 _build(folder, directory, split, lengths)
 
     def read(path: Path, field: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -113,7 +113,9 @@ def verify(directory: str | Path) -> list[str]:
     return faults
 
 
-def _is_current(folder: Path, directory: str | Path) -> bool:
+def is_current(directory: str | Path, split: str) -> bool:
+    """Whether there is a cache, made from the shards as they are."""
+    folder = Path(directory) / f"raw-{split}"
     path = folder / SOURCE_FILE
     return path.exists() and json_files.read(path, f"delete {folder}") == _source(directory)
 

@@ -56,10 +56,8 @@ def in_a_row(
     Returns:
       bool [C, B], whether `consecutive` frames in a row have been positive; and the count after the last.
     """
-
-    def add(count, positive):
-        count = jnp.where(positive, count + 1, 0)
-        return count, count >= consecutive
-
-    count, success = lax.scan(add, count, verdict(params, feature, first_feature), unroll=True)
-    return success, count
+    positive = verdict(params, feature, first_feature)
+    frame = jnp.arange(1, len(positive) + 1)[:, None]
+    last_negative = lax.cummax(jnp.where(positive, 0, frame))  # 0: none until now, and the count goes on
+    in_a_row = frame - last_negative + jnp.where(last_negative == 0, count, 0)
+    return in_a_row >= consecutive, in_a_row[-1]

@@ -251,7 +251,11 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
 
 def imagination_params(model: WorldModel, params: Params) -> Params:
     """What `imagine_step` reads of a frozen model's parameters, kernels in the dtype that they are used in."""
-    return {"rssm": recurrence.cast_kernels(params["rssm"], model.rssm.dtype)}
+
+    def cast(path, x):
+        return x.astype(model.rssm.dtype) if path[-1].key == "kernel" else x
+
+    return {"rssm": jax.tree_util.tree_map_with_path(cast, params["rssm"])}
 
 
 def prior_logits(model: WorldModel, params: Params, latent: LatentState) -> Array:

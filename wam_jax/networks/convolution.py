@@ -16,7 +16,8 @@ sizes, ms an image (a matrix product at 85 GFLOP/s):
     decoder 3       1.2       (0.66)        1.3-1.6   (0.66)        36.5      (0.66)
     decoder 4       0.3       (0.11)        0.4-0.6   (0.11)        5.7       (0.11)
 
-Not measured elsewhere yet: other backends take XLA's convolutions of stride 2.
+Not measured elsewhere yet: other backends take XLA's convolutions of stride 2. From one pixel a transposed convolution
+is a linear layer everywhere.
 """
 
 import math
@@ -34,16 +35,17 @@ from wam_jax.networks.layers import xavier
 
 MATRIX_BACKENDS = ("cpu",)
 BLOCK_BACKENDS = ("gpu",)
-# Windows of a block of images, which should stay in a cache until they are multiplied; but the sum of the kernel's
-# gradient passes through memory once a block. Both gradients of decoder 3, ms an image: 1.3 with 0.5 million numbers a
-# block, 2.1 with 1.5 million; of encoder 4, with its large kernel, 0.66 and 0.43.
-BLOCK_NUMBERS = 500_000
+# Windows of a group of images, which should stay in a cache until they are multiplied; but the sum of the kernel's
+# gradient passes through memory once a group. Both gradients of decoder 3, ms an image: 1.3 with 0.5 million numbers a
+# group, 2.1 with 1.5 million; of encoder 4, with its large kernel, 0.66 and 0.43.
+GROUP_NUMBERS = 500_000
 
 
 class _Layer(nn.Module):
     """A linear map of images with a kernel and a bias, both stored as float32.
 
     On BLOCK_BACKENDS the image comes in blocks of `x_block` pixels and goes in blocks of `block`, elsewhere both are 1.
+    Blocks of one pixel are always possible; else a large image has blocks of twice as many pixels a side as a small.
     """
 
     features: int
@@ -92,6 +94,7 @@ def convolve(x: Array, kernel: Array, x_block: int = 1, block: int = 1) -> Array
         return _windows_to_channels(x, kernel)
     if not _in_blocks() or kernel.shape[0] % 2:
         return blocked.convolve_once(x, kernel, 2)
+    assert x_block in (1, 2 * block), f"an image in blocks of {x_block} gives one in half as many, not in {block}"
     large = x if x_block > 1 else blocked.to_blocks(x, 2 * block)
     return blocked.convolve(large, kernel, block)
 
@@ -106,6 +109,7 @@ def convolve_transposed(x: Array, kernel: Array, x_block: int = 1, block: int = 
         return _channels_to_windows(x, kernel)
     if not _in_blocks():
         return blocked.transpose_once(x, kernel, 2)
+    assert block in (1, 2 * x_block), f"an image in blocks of {x_block} gives one in twice as many, not in {block}"
     large = blocked.convolve_transposed(x, kernel, x_block)
     if block > 1:
         return large
@@ -155,14 +159,14 @@ def overlap_add(small: Array, matrix: Array, size: int, kernel_size: int) -> Arr
 
 
 def squares_matrix(kernel: Array) -> Array:
-    """[k, k, C, c] -> [c, k * k * C], the taps in squares; the barrier keeps XLA from doing it in every block."""
+    """[k, k, C, c] -> [c, k * k * C], the taps in squares; the barrier keeps XLA from doing it in every group."""
     reach, channels, features = kernel.shape[0] // 2, *kernel.shape[2:]
     squares = kernel.reshape(reach, 2, reach, 2, channels, features).transpose(5, 0, 2, 1, 3, 4)
     return lax.optimization_barrier(squares.reshape(features, -1))
 
 
-def _by_blocks(function: Callable, images: tuple[Array, ...], kernel: Array, windows: int) -> tuple[Any, Any]:
-    """Calls `function(*images) -> (per image, sum over images)` for blocks of images, so that windows stay in a cache.
+def _in_groups(function: Callable, images: tuple[Array, ...], kernel: Array, windows: int) -> tuple[Any, Any]:
+    """Calls `function(*images) -> (per image, sum over images)` for groups of images, so that windows stay in a cache.
 
     Args:
       function: either result may be None.
@@ -171,19 +175,19 @@ def _by_blocks(function: Callable, images: tuple[Array, ...], kernel: Array, win
       windows: of one image.
     """
     batch = images[0].shape[0]
-    limit = max(1, max(BLOCK_NUMBERS, 2 * kernel.size) // (windows * math.prod(kernel.shape[:3])))
-    block = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
-    if block == batch:
+    limit = max(1, max(GROUP_NUMBERS, 2 * kernel.size) // (windows * math.prod(kernel.shape[:3])))
+    size = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
+    if size == batch:
         return function(*images)
-    blocks = tuple(x.reshape(-1, block, *x.shape[1:]) for x in images)
+    groups = tuple(x.reshape(-1, size, *x.shape[1:]) for x in images)
 
-    def step(total, block_of_images):
-        mapped, part = function(*block_of_images)
+    def step(total, group_of_images):
+        mapped, part = function(*group_of_images)
         return jax.tree.map(jnp.add, total, part), mapped
 
-    _, part = jax.eval_shape(function, *(x[0] for x in blocks))
+    _, part = jax.eval_shape(function, *(x[0] for x in groups))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)
-    total, mapped = lax.scan(step, zero, blocks)
+    total, mapped = lax.scan(step, zero, groups)
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), mapped), total
 
 
@@ -196,7 +200,7 @@ def _spread(small: Array, kernel: Array, size: int) -> Array:
     def spread(small):
         return overlap_add(small, matrix, size, kernel.shape[0]), None
 
-    return _by_blocks(spread, (small,), kernel, small.shape[1] ** 2)[0]
+    return _in_groups(spread, (small,), kernel, small.shape[1] ** 2)[0]
 
 
 @jax.custom_vjp
@@ -215,7 +219,7 @@ def _windows_to_channels_backward(residuals, gradient):
         windows = patches(large, kernel.shape[0])
         return None, gradient.reshape(-1, gradient.shape[-1]).T @ windows.reshape(-1, windows.shape[-1])
 
-    _, total = _by_blocks(kernel_gradient, (large, gradient), kernel, gradient.shape[1] ** 2)
+    _, total = _in_groups(kernel_gradient, (large, gradient), kernel, gradient.shape[1] ** 2)
     return _spread(gradient, kernel, large.shape[1]), total.T.reshape(kernel.shape)
 
 
@@ -241,7 +245,7 @@ def _channels_to_windows_backward(residuals, gradient):
         windows = patches(gradient, kernel.shape[0]).reshape(-1, matrix.shape[0])
         return (windows @ matrix).reshape(small.shape), small.reshape(-1, small.shape[-1]).T @ windows
 
-    small_gradient, total = _by_blocks(gradients, (small, gradient), kernel, small.shape[1] ** 2)
+    small_gradient, total = _in_groups(gradients, (small, gradient), kernel, small.shape[1] ** 2)
     return small_gradient, total.T.reshape(kernel.shape)
 
 

@@ -46,6 +46,7 @@ class ConvCamera(nn.Module):
     @nn.compact
     def __call__(self, image: Array) -> Array:
         x = image.astype(self.dtype)
+        # Of the blocks that an accelerator may take see convolution.py: those that a layer gives, the next one takes.
         for multiple, x_block, block in ((1, 1, 2), (2, 2, 1), (4, 1, 1), (8, 1, 1)):
             x = nn.elu(Conv(multiple * self.depth, 4, self.dtype, x_block, block)(x))
         return x.reshape(x.shape[0], -1)

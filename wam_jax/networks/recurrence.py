@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax import lax
 
 from wam_jax.networks import plain
+from wam_jax.types import Array
 
 # Where a product of ROWS rows and a large kernel is faster with the kernel lying transposed (XLA does that once, before
 # the loop), and, with FEW_ROWS, as kernel times columns, filled up to a multiple of COLUMNS. Measured on one CPU core:
@@ -58,7 +59,7 @@ transposed_dot.defvjp(
 )
 
 
-def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, dtype: Any) -> Any:
+def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *, dtype: Any) -> Any:
     """Repeats a step over time, as `lax.scan` does, with gradients that keep work out of the loops.
 
     Forward, states are kept and on KEEPING_BACKENDS the products; elsewhere those of all steps are computed anew, at
@@ -68,8 +69,8 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, d
     and what a step would keep for its gradient is 37 of 58 launches forward.
 
     Args:
-      step: `step(params, carry, input, noise) -> carry`, a pure function that treats the rows of its batch apart and
-        whose products are `nn.Dense` modules, each called once.
+      step: `step(params, carry, input, noise) -> carry`, a pure function that treats the rows of its batch apart, which
+        may be those of all steps, and whose products are `nn.Dense` modules, each called once.
       params: nested dict.
       carry: initial state, [B, ...].
       inputs: arrays [T, B, ...], differentiable.
@@ -82,56 +83,56 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Any, *, d
     Raises:
       ValueError: a module is called twice in a step.
     """
-
-    def forward(params, carry, inputs, noise):
-        kernels = _loop_kernels(params, dtype)
-
-        def body(carry, x):
-            products: dict = {}
-            with _linear_layers(partial(_product, kernels), products):
-                carry = step(params, carry, *x)
-            return carry, (carry, products if plain.takes(KEEPING_BACKENDS) else {})
-
-        states, products = lax.scan(body, carry, (inputs, noise))[1]
-        return states, (params, carry, inputs, noise, states, products)
-
-    def backward(residuals, gradient):
-        params, carry, inputs, noise, states, products = residuals
-        before = jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), carry, states)
-        rows = jax.tree.map(_merge_time, (before, inputs, noise))
-        if products:
-            products_of_rows = jax.tree.map(_merge_time, products)
-        else:
-            products_of_rows = _products(step, params, *rows)
-            products = _split_time(products_of_rows, len(noise))
-        kernels = _loop_kernels(params, dtype)
-
-        def back(later, x):
-            gradient, before, inputs, noise, products = x
-            total = jax.tree.map(jnp.add, gradient, later)
-            with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], None, products[layer.path])):
-                _, pull = jax.vjp(lambda before: step(params, before, inputs, noise), before)
-            return pull(total)[0], total
-
-        def all_steps(params, inputs):
-            with _linear_layers(lambda layer, x: _known_product(x, *_parameters(layer), products_of_rows[layer.path])):
-                return step(params, rows[0], inputs, rows[2])
-
-        zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient)
-        of_carry, totals = lax.scan(back, zero, (gradient, before, inputs, noise, products), reverse=True)
-        of_params, of_inputs = jax.vjp(all_steps, params, rows[1])[1](jax.tree.map(_merge_time, totals))
-        return of_params, of_carry, _split_time(of_inputs, len(noise)), None
-
     if plain.is_plain():
-        return forward(params, carry, inputs, noise)[0]
-    run = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
-    run.defvjp(forward, backward)
-    return run(params, carry, inputs, noise)
+        return lax.scan(lambda carry, x: (step(params, carry, *x),) * 2, carry, (inputs, noise))[1]
+    return _scan(step, dtype, params, carry, inputs, noise)
 
 
-def cast_kernels(params: dict, dtype: Any) -> dict:
-    """The same parameters, kernels in another dtype."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(step: Callable, dtype: Any, params: dict, carry: Any, inputs: Any, noise: Array) -> Any:
+    return _forward(step, dtype, params, carry, inputs, noise)[0]
+
+
+def _forward(step, dtype, params, carry, inputs, noise):
+    kernels = _loop_kernels(params, dtype)
+
+    def body(carry, x):
+        carry, products = _run(step, kernels, params, carry, *x)
+        return carry, (carry, products if plain.takes(KEEPING_BACKENDS) else {})
+
+    states, products = lax.scan(body, carry, (inputs, noise))[1]
+    return states, (params, kernels, carry, inputs, noise, states, products)
+
+
+def _backward(step, dtype, residuals, gradient):
+    del dtype
+    params, kernels, carry, inputs, noise, states, products = residuals
+    before = jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), carry, states)
+    rows = jax.tree.map(_merge_time, (before, inputs, noise))
+    if products:
+        of_rows = jax.tree.map(_merge_time, products)
+    else:
+        of_rows = _run(step, kernels, params, *rows)[1]
+        products = _split_time(of_rows, len(noise))
+
+    def back(later, x):
+        gradient, before, inputs, noise, products = x
+        total = jax.tree.map(jnp.add, gradient, later)
+        with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], None, products[layer.path])):
+            _, pull = jax.vjp(lambda before: step(params, before, inputs, noise), before)
+        return pull(total)[0], total
+
+    def all_steps(params, inputs):
+        with _linear_layers(lambda layer, x: _known_product(x, *_parameters(layer), of_rows[layer.path])):
+            return step(params, rows[0], inputs, rows[2])
+
+    zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient)
+    of_carry, totals = lax.scan(back, zero, (gradient, before, inputs, noise, products), reverse=True)
+    of_params, of_inputs = jax.vjp(all_steps, params, rows[1])[1](jax.tree.map(_merge_time, totals))
+    return of_params, of_carry, _split_time(of_inputs, len(noise)), None
+
+
+_scan.defvjp(_forward, _backward)
 
 
 def _merge_time(x: jax.Array) -> jax.Array:
@@ -180,18 +181,11 @@ def _linear_layers(compute: Callable[[nn.Dense, jax.Array], jax.Array], found: d
         yield
 
 
-def _products(step: Callable, params: dict, *arguments: Any) -> dict[tuple, jax.Array]:
-    """What each linear layer gives in a step, by the path of its module; for all rows at once."""
+def _run(step: Callable, kernels: dict[tuple, jax.Array], *arguments: Any) -> tuple[Any, dict[tuple, jax.Array]]:
+    """A step by kernels as loops read them, and what each linear layer gives in it, by the path of its module."""
     found: dict = {}
-
-    def compute(layer, x):
-        kernel, bias = _parameters(layer)
-        y = x.astype(layer.dtype) @ kernel.astype(layer.dtype)
-        return y if bias is None else y + bias.astype(y.dtype)
-
-    with _linear_layers(compute, found):
-        step(params, *arguments)
-    return found
+    with _linear_layers(partial(_product, kernels), found):
+        return step(*arguments), found
 
 
 def _parameters(layer: nn.Dense) -> tuple[jax.Array, jax.Array | None]:
@@ -229,7 +223,7 @@ def _known_product_backward(residuals: tuple, gradient: jax.Array) -> tuple:
     of_bias = None if bias is None else gradient.sum(0, dtype=bias.dtype)
     gradient = jnp.pad(gradient, ((0, 0), (0, kernel.shape[1] - gradient.shape[1])))
     of_x = jax.vjp(partial(_rows_times, kernel=kernel.astype(gradient.dtype)), x)[1](gradient)[0]
-    rows = jnp.pad(x, ((0, 0), (0, kernel.shape[0] - x.shape[1])))
+    rows = jnp.pad(x.astype(gradient.dtype), ((0, 0), (0, kernel.shape[0] - x.shape[1])))
     of_kernel = lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return of_x, of_kernel.astype(kernel.dtype), of_bias, None
 

@@ -26,6 +26,7 @@ WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model up
 NUM_LATENTS, IMAGINED_STEPS = 50, 18 * 4  # of one PPO iteration
 NUM_TABLES, NUM_TABLE_STEPS = 64, 50
 NUM_FED_UPDATES = 2  # for which a batch of the input pipeline is
+_SAME_PARAMS = {"compute_dtype": "float32", "batch_size": 1, "window_length": 1}  # for one set of initial parameters
 NUM_TASKS, NUM_FRAMES = 8, 29  # of a policy's evaluation; it sees that many frames at once
 _BATCHES = (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts"), ("ppo", "batch_size"))
 
@@ -115,8 +116,7 @@ def training(config: FrozenConfigDict, name: str, cache: str) -> FedProgram:
 def dispatch(config: FrozenConfigDict) -> Program:
     """What a call costs beside its updates: one that only counts, with the whole state of the world model."""
     devices = parallel.local_devices(config.num_devices)
-    create = functools.partial(world_model_training.create_state, world_model.build(config.world_model))
-    state = jax.jit(create)(jax.random.key(0))
+    state = world_model_training.first_state(_world_model(config)[1], config.world_model)
 
     def count(state, batch, rng):
         return state.replace(step=state.step + 1), {"loss": batch}
@@ -140,8 +140,8 @@ def _world_model_updates(
 ) -> dict[str, Any]:
     """What workloads of the world model's updates have in common: most fields of a Program."""
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
-    model = world_model.build(settings)
-    state = jax.jit(functools.partial(world_model_training.create_state, model))(jax.random.key(0))
+    model, params = _world_model(config)
+    state = world_model_training.first_state(params, settings)
     update = functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME)
     one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
     return {
@@ -386,8 +386,13 @@ def _quickstart(config: FrozenConfigDict, devices: int) -> FrozenConfigDict:
 
 
 def _world_model(config: FrozenConfigDict):
-    model = world_model.build(config.world_model)
-    return model, jax.jit(functools.partial(world_model.init, model))(jax.random.key(0))
+    settings = FrozenConfigDict({**config.world_model.to_dict(), **_SAME_PARAMS})
+    return world_model.build(config.world_model), _world_model_params(settings)
+
+
+@functools.lru_cache(maxsize=2)  # a program of its own, as slow to compile on a GPU as some of the workloads
+def _world_model_params(settings: FrozenConfigDict):
+    return jax.jit(functools.partial(world_model.init, world_model.build(settings)))(jax.random.key(0))
 
 
 def _tables():

@@ -228,6 +228,9 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         print_table.build(table, ["somewhere"], **options)
 
 
+TWO_SEEDS = ("../dreamer_v2_1", "../dreamer_v2_2", "../wam_1", "../wam_2")
+
+
 @pytest.mark.parametrize(
     ("name", "table", "runs"),
     [
@@ -243,6 +246,9 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         ("playtable_transfer/limit_is_failure", "differences", (".",)),
         ("playtable_transfer", "differences", ("dreamer_v2_1", "wam_1")),
         ("playtable_transfer/wam_1", "differences", (".",)),
+        ("playtable_transfer/wam_2", "differences", (".",)),
+        ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
+        *(("playtable_transfer/two_seeds", table, TWO_SEEDS) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
     ],
 )

@@ -167,8 +167,12 @@ def make_optimizer(settings: Any) -> optax.GradientTransformation:
 
 def create_state(model: WorldModel, rng: Array) -> WorldModelState:
     """The state before the first update."""
-    params = world_model.init(model, rng)
-    return WorldModelState(params, make_optimizer(model.settings).init(params), jnp.zeros((), jnp.int32))
+    return first_state(world_model.init(model, rng), model.settings)
+
+
+def first_state(params: Params, settings: Any) -> WorldModelState:
+    """The state before the first update, of given parameters."""
+    return WorldModelState(params, make_optimizer(settings).init(params), jnp.zeros((), jnp.int32))
 
 
 def update(

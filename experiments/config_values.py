@@ -1,7 +1,9 @@
-"""The values of a config by their full names, and which of them tell two runs apart."""
+"""The values of a config by their full names, which of them tell two runs apart, and copies with other values."""
 
 import json
 from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import base
 
@@ -56,3 +58,11 @@ def differing(first: dict, second: dict) -> dict[str, tuple[Any, Any]]:
         for key in sorted({*one, *other})
         if one.get(key) != other.get(key) and not any(part in f".{key}" for part in FREE)
     }
+
+
+def changed(config: FrozenConfigDict, section: str, **changes: Any) -> FrozenConfigDict:
+    """A copy of a config with other values in one of its sections."""
+    copy = ConfigDict(config.to_dict())  # of the frozen one itself, it would share its sections with others
+    with copy.unlocked():
+        copy[section].update(changes)
+    return FrozenConfigDict(copy)

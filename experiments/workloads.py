@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
-from experiments import finetune_policy, made_up, train_policy, train_reward
+from experiments import config_values, finetune_policy, made_up, train_policy, train_reward
 from experiments.configs import quickstart
 from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, world_model, world_model_training
 from wam_jax import imagination as imagination_lib
@@ -78,16 +78,22 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
     config = _of_all(config, devices := len(parallel.local_devices(config.num_devices)))
     found: dict[str, Callable[[], Workload]] = {}
     for dtype in ("float32", "bfloat16"):
-        sizes = _changed(_changed(config, "world_model", compute_dtype=dtype), "policy", compute_dtype=dtype)
+        sizes = config_values.changed(
+            config_values.changed(config, "world_model", compute_dtype=dtype), "policy", compute_dtype=dtype
+        )
         for batch, length in WINDOWS:
-            windows = _changed(sizes, "world_model", batch_size=batch * devices, window_length=length)
+            windows = config_values.changed(sizes, "world_model", batch_size=batch * devices, window_length=length)
             label = f"world_model_update/{batch}x{length}/{dtype}"
             found[label] = functools.partial(world_model_update, windows, "world_model_update")
         for build in (imagination, bc_update, ppo_iteration, ppo_iteration_without_bc, ppo_iteration_of_tasks, encoder):
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
     name, small = "world_model_update_quickstart", _quickstart(config, devices)
     found[name] = functools.partial(world_model_update, small, name)
-    fast = config if jax.default_backend() == "cpu" else _changed(config, "world_model", compute_dtype="bfloat16")
+    fast = (
+        config
+        if jax.default_backend() == "cpu"
+        else config_values.changed(config, "world_model", compute_dtype="bfloat16")
+    )
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
         found[f"training/{cache}"] = functools.partial(training, fast, "training", cache)
@@ -265,7 +271,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
 
 def ppo_iteration_without_bc(config: FrozenConfigDict) -> Program:
     """Without the regulariser, whose chains and log-probabilities are nearly half of the work."""
-    return ppo_iteration(_changed(config, "ppo", bc_weight=0.0), variant="without bc")
+    return ppo_iteration(config_values.changed(config, "ppo", bc_weight=0.0), variant="without bc")
 
 
 def ppo_iteration_of_tasks(config: FrozenConfigDict) -> Program:
@@ -375,7 +381,7 @@ def _updates_per_call(settings, *, on_cpu: int) -> int:
 def _of_all(config: FrozenConfigDict, devices: int) -> FrozenConfigDict:
     """A config with the batches of one device -> with those of all."""
     for section, key in _BATCHES:
-        config = _changed(config, section, **{key: config[section][key] * devices})
+        config = config_values.changed(config, section, **{key: config[section][key] * devices})
     return config
 
 
@@ -397,10 +403,3 @@ def _world_model_params(settings: FrozenConfigDict):
 
 def _tables():
     return jax.jit(jax.vmap(starts.reset))(jax.random.split(jax.random.key(0), NUM_TABLES))
-
-
-def _changed(config: FrozenConfigDict, section: str, **changes) -> FrozenConfigDict:
-    changed = ConfigDict(config.to_dict())  # of the frozen one itself, it would share its sections with others
-    with changed.unlocked():
-        changed[section].update(changes)
-    return FrozenConfigDict(changed)

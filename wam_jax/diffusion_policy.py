@@ -347,8 +347,7 @@ def redraw(params: Params, conditioned: Array, start: Array, rng: Array, *, sett
 def _denoise(params, conditioned, noisy_chunk, steps_and_noise, explore, settings) -> Array:
     """The output of each denoising step of one network, [J, B, C, A], for steps [J] and noise [J, B, C, A].
 
-    What the network takes of state and step is computed before the loop, where compilers leave it: on a GPU a third of
-    a step.
+    What the network takes of state and step is computed before the loop, a third of a step on a GPU.
     """
     steps, noise = steps_and_noise
     conditioned = at_steps(params, conditioned, steps[:, None], settings=settings)

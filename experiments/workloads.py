@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from experiments import config_values, finetune_policy, made_up, train_policy, train_reward
+from experiments import finetune_policy, made_up, train_policy, train_reward
+from experiments.config_values import changed
 from experiments.configs import quickstart
 from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, world_model, world_model_training
 from wam_jax import imagination as imagination_lib
@@ -26,7 +27,6 @@ WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model up
 NUM_LATENTS, IMAGINED_STEPS = 50, 18 * 4  # of one PPO iteration
 NUM_TABLES, NUM_TABLE_STEPS = 64, 50
 NUM_FED_UPDATES = 2  # for which a batch of the input pipeline is
-_SAME_PARAMS = {"compute_dtype": "float32", "batch_size": 1, "window_length": 1}  # for one set of initial parameters
 NUM_TASKS, NUM_FRAMES = 8, 29  # of a policy's evaluation; it sees that many frames at once
 _BATCHES = (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts"), ("ppo", "batch_size"))
 
@@ -78,22 +78,16 @@ def cases(config: FrozenConfigDict) -> dict[str, Callable[[], Workload]]:
     config = _of_all(config, devices := len(parallel.local_devices(config.num_devices)))
     found: dict[str, Callable[[], Workload]] = {}
     for dtype in ("float32", "bfloat16"):
-        sizes = config_values.changed(
-            config_values.changed(config, "world_model", compute_dtype=dtype), "policy", compute_dtype=dtype
-        )
+        sizes = changed(changed(config, "world_model", compute_dtype=dtype), "policy", compute_dtype=dtype)
         for batch, length in WINDOWS:
-            windows = config_values.changed(sizes, "world_model", batch_size=batch * devices, window_length=length)
+            windows = changed(sizes, "world_model", batch_size=batch * devices, window_length=length)
             label = f"world_model_update/{batch}x{length}/{dtype}"
             found[label] = functools.partial(world_model_update, windows, "world_model_update")
         for build in (imagination, bc_update, ppo_iteration, ppo_iteration_without_bc, ppo_iteration_of_tasks, encoder):
             found[f"{build.__name__}/{dtype}"] = functools.partial(build, sizes)
     name, small = "world_model_update_quickstart", _quickstart(config, devices)
     found[name] = functools.partial(world_model_update, small, name)
-    fast = (
-        config
-        if jax.default_backend() == "cpu"
-        else config_values.changed(config, "world_model", compute_dtype="bfloat16")
-    )
+    fast = config if jax.default_backend() == "cpu" else changed(config, "world_model", compute_dtype="bfloat16")
     for cache in input_pipeline.CACHES:
         found[f"input_pipeline/{cache}"] = functools.partial(window_batches, config, cache)
         found[f"training/{cache}"] = functools.partial(training, fast, "training", cache)
@@ -271,7 +265,7 @@ def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int
 
 def ppo_iteration_without_bc(config: FrozenConfigDict) -> Program:
     """Without the regulariser, whose chains and log-probabilities are nearly half of the work."""
-    return ppo_iteration(config_values.changed(config, "ppo", bc_weight=0.0), variant="without bc")
+    return ppo_iteration(changed(config, "ppo", bc_weight=0.0), variant="without bc")
 
 
 def ppo_iteration_of_tasks(config: FrozenConfigDict) -> Program:
@@ -381,7 +375,7 @@ def _updates_per_call(settings, *, on_cpu: int) -> int:
 def _of_all(config: FrozenConfigDict, devices: int) -> FrozenConfigDict:
     """A config with the batches of one device -> with those of all."""
     for section, key in _BATCHES:
-        config = config_values.changed(config, section, **{key: config[section][key] * devices})
+        config = changed(config, section, **{key: config[section][key] * devices})
     return config
 
 
@@ -392,8 +386,8 @@ def _quickstart(config: FrozenConfigDict, devices: int) -> FrozenConfigDict:
 
 
 def _world_model(config: FrozenConfigDict):
-    settings = FrozenConfigDict({**config.world_model.to_dict(), **_SAME_PARAMS})
-    return world_model.build(config.world_model), _world_model_params(settings)
+    alike = changed(config, "world_model", compute_dtype="float32", batch_size=1, window_length=1)  # to its parameters
+    return world_model.build(config.world_model), _world_model_params(alike.world_model)
 
 
 @functools.lru_cache(maxsize=2)  # a program of its own, as slow to compile on a GPU as some of the workloads

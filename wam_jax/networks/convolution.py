@@ -42,7 +42,7 @@ GROUP_NUMBERS = 500_000
 
 
 class _Layer(nn.Module):
-    """A linear map of images with a kernel and a bias, both stored as float32.
+    """A linear map of images, its subclass' `convolve`, with a kernel and a bias, both stored as float32.
 
     On BLOCK_BACKENDS the image comes in blocks of `x_block` pixels and goes in blocks of `block`, elsewhere both are 1.
     Blocks of one pixel are always possible; else a large image has blocks of twice as many pixels a side as a small.
@@ -62,9 +62,6 @@ class _Layer(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = self.convolve(x.astype(self.dtype), kernel.astype(self.dtype), x_block, block)
         return y + jnp.tile(bias.astype(self.dtype), block**2)
-
-    def convolve(self, x: Array, kernel: Array, x_block: int, block: int) -> Array:
-        raise NotImplementedError
 
 
 class Conv(_Layer):

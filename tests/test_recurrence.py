@@ -67,7 +67,12 @@ def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance, variant, form,
 
     def plain(step, params, carry, inputs, noise, *, dtype):
         del dtype
-        return lax.scan(lambda carry, x: (step(params, carry, *x),) * 2, carry, (inputs, noise))[1]
+
+        def body(carry, x):
+            carry, output = step(params, carry, *x)
+            return carry, (carry, output)
+
+        return lax.scan(body, carry, (inputs, noise))[1]
 
     helpers.assert_close_to_largest(compute(recurrence.scan), compute(plain), tolerance)
 
@@ -78,11 +83,11 @@ def test_a_layer_that_is_called_twice_in_a_step_is_refused():
 
     def step(params, carry, x, noise):
         bound = layer.bind({"params": params})
-        return bound(bound(carry + x))
+        return bound(bound(carry + x)), None
 
     def loss(params):
         ones = jnp.ones((4, 2, 3))
-        return recurrence.scan(step, params, ones[0], ones, ones, dtype=jnp.float32).sum()
+        return recurrence.scan(step, params, ones[0], ones, ones, dtype=jnp.float32)[0].sum()
 
     with pytest.raises(ValueError, match="called twice in a step"):
         jax.grad(loss)(params)

@@ -41,7 +41,9 @@ def convolve(large: Array, kernel: Array, block: int) -> Array:
     Returns:
       [B, n, n, m m c], in blocks of m; pixels that fill no block are left out.
     """
-    return convolve_once(large, blocks_kernel(kernel, block), 1)
+    kernel = blocks_kernel(kernel, block)
+    few = large.shape[1] - kernel.shape[0] < kernel.shape[0]  # no more windows than taps
+    return _convolve_few(large, kernel) if few else convolve_once(large, kernel, 1)
 
 
 def convolve_transposed(small: Array, kernel: Array, block: int) -> Array:
@@ -72,6 +74,27 @@ def convolve_once(x: Array, kernel: Array, stride: int) -> Array:
     """XLA's convolution: [B, S, S, C] and [k, k, C, c] -> [B, s, s, c]."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=numbers)
+
+
+@jax.custom_vjp
+def _convolve_few(x: Array, kernel: Array) -> Array:
+    """At stride 1 of a small image, with the kernel's gradient as a matrix product.
+
+    XLA takes that for a convolution forward, and exchanges batch and channels for it.
+    """
+    return convolve_once(x, kernel, 1)
+
+
+def _few_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    of_x = jax.linear_transpose(lambda x: convolve_once(x, kernel, 1), x)(gradient)[0]
+    taps, count = kernel.shape[0], gradient.shape[1]
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    windows = [x[:, i : i + count, j : j + count].reshape(-1, x.shape[-1]) for i in range(taps) for j in range(taps)]
+    return of_x, (jnp.concatenate(windows, axis=-1).T @ rows).reshape(kernel.shape)
+
+
+_convolve_few.defvjp(lambda x, kernel: (_convolve_few(x, kernel), (x, kernel)), _few_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

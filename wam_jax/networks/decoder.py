@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from wam_jax.networks.convolution import ConvTranspose
 from wam_jax.networks.encoder import GRID, PATCH_PIXELS, from_patches
-from wam_jax.networks.layers import dense
+from wam_jax.networks.layers import dense, elu
 from wam_jax.types import Array
 
 
@@ -25,7 +25,7 @@ class ConvHead(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = x[:, None, None, :]
         for multiple, kernel, x_block, block in ((4, 5, 1, 1), (2, 5, 1, 1), (1, 6, 1, 2)):
-            x = nn.elu(ConvTranspose(multiple * self.depth, kernel, self.dtype, x_block, block)(x))
+            x = elu(ConvTranspose(multiple * self.depth, kernel, self.dtype, x_block, block)(x))
         return ConvTranspose(3, 6, self.dtype, 2, 1)(x).astype(jnp.float32)
 
 
@@ -37,7 +37,7 @@ class PatchHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.elu(dense(GRID * GRID * self.patch_dim, self.dtype)(nn.elu(x)))
+        x = elu(dense(GRID * GRID * self.patch_dim, self.dtype)(elu(x)))
         # Two axes only: with three, XLA's weight gradient on a CPU takes three times as long (65 to 22 ms of a step).
         x = x.reshape(-1, self.patch_dim)
         return from_patches(dense(PATCH_PIXELS, self.dtype)(x).astype(jnp.float32))

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from wam_jax.networks.convolution import Conv
-from wam_jax.networks.layers import NormElu, dense
+from wam_jax.networks.layers import NormElu, dense, elu
 from wam_jax.specs import IMAGE_SIZE
 from wam_jax.types import Array
 
@@ -48,7 +48,7 @@ class ConvCamera(nn.Module):
         x = image.astype(self.dtype)
         # Of the blocks that an accelerator may take see convolution.py: those that a layer gives, the next one takes.
         for multiple, x_block, block in ((1, 1, 2), (2, 2, 1), (4, 1, 1), (8, 1, 1)):
-            x = nn.elu(Conv(multiple * self.depth, 4, self.dtype, x_block, block)(x))
+            x = elu(Conv(multiple * self.depth, 4, self.dtype, x_block, block)(x))
         return x.reshape(x.shape[0], -1)
 
 
@@ -61,7 +61,7 @@ class PatchCamera(nn.Module):
     @nn.compact
     def __call__(self, image: Array) -> Array:
         patches = to_patches(image).reshape(-1, PATCH_PIXELS)  # two axes, see decoder.PatchHead
-        return nn.elu(dense(self.patch_dim, self.dtype)(patches.astype(self.dtype))).reshape(image.shape[0], -1)
+        return elu(dense(self.patch_dim, self.dtype)(patches.astype(self.dtype))).reshape(image.shape[0], -1)
 
 
 class Encoder(nn.Module):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from wam_jax.types import Array
@@ -17,6 +18,19 @@ def dense(features: int, dtype: Any, *, use_bias: bool = True, name: str | None 
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name, **options)
 
 
+@jax.custom_vjp
+def elu(x: Array) -> Array:
+    """ELU, whose gradient is taken from its output, which the next layer keeps anyway: x itself is not stored."""
+    return nn.elu(x)
+
+
+def _elu_backward(y: Array, gradient: Array) -> tuple[Array]:
+    return (jnp.where(y > 0, gradient, gradient * (y + 1)),)
+
+
+elu.defvjp(lambda x: (nn.elu(x),) * 2, _elu_backward)
+
+
 class NormElu(nn.Module):
     """LayerNorm in float32, then ELU in the compute dtype."""
 
@@ -25,7 +39,7 @@ class NormElu(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False)(x)
-        return nn.elu(x.astype(self.dtype))
+        return elu(x.astype(self.dtype))
 
 
 class MLP(nn.Module):
@@ -39,5 +53,5 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [..., input] to float32 [..., output_dim]."""
         for width in self.hidden_dims:
-            x = nn.elu(dense(width, self.dtype)(x))
+            x = elu(dense(width, self.dtype)(x))
         return dense(self.output_dim, self.dtype)(x).astype(jnp.float32)

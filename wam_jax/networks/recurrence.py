@@ -69,8 +69,9 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *,
     and what a step would keep for its gradient is 37 of 58 launches forward.
 
     Args:
-      step: `step(params, carry, input, noise) -> carry`, a pure function that treats the rows of its batch apart, which
-        may be those of all steps, and whose products are `nn.Dense` modules, each called once.
+      step: `step(params, carry, input, noise) -> (carry, output)`, a pure function that treats the rows of its batch
+        apart, which may be those of all steps, and whose products are `nn.Dense` modules, each called once. What the
+        next step does not read should be in the output: a loop sums gradients of the carry.
       params: nested dict.
       carry: initial state, [B, ...].
       inputs: arrays [T, B, ...], differentiable.
@@ -78,14 +79,24 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *,
       dtype: that the products are computed in.
 
     Returns:
-      the states after each step, [T, B, ...].
+      the carry after each step and the outputs, [T, B, ...].
 
     Raises:
       ValueError: a module is called twice in a step.
     """
     if plain.is_plain():
-        return lax.scan(lambda carry, x: (step(params, carry, *x),) * 2, carry, (inputs, noise))[1]
+        return _plain_scan(step, params, carry, inputs, noise)
     return _scan(step, dtype, params, carry, inputs, noise)
+
+
+def _plain_scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array) -> Any:
+    """The same by `lax.scan`, with its gradients."""
+
+    def body(carry, x):
+        carry, output = step(params, carry, *x)
+        return carry, (carry, output)
+
+    return lax.scan(body, carry, (inputs, noise))[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -97,15 +108,16 @@ def _forward(step, dtype, params, carry, inputs, noise):
     kernels = _loop_kernels(params, dtype)
 
     def body(carry, x):
-        carry, products = _run(step, kernels, params, carry, *x)
-        return carry, (carry, products if plain.takes(KEEPING_BACKENDS) else {})
+        (carry, output), products = _run(step, kernels, params, carry, *x)
+        return carry, (carry, output, products if plain.takes(KEEPING_BACKENDS) else {})
 
-    states, products = lax.scan(body, carry, (inputs, noise))[1]
-    return states, (params, kernels, carry, inputs, noise, states, products)
+    states, outputs, products = lax.scan(body, carry, (inputs, noise))[1]
+    return (states, outputs), (params, kernels, carry, inputs, noise, states, products)
 
 
-def _backward(step, dtype, residuals, gradient):
+def _backward(step, dtype, residuals, gradients):
     del dtype
+    of_states, of_outputs = gradients
     params, kernels, carry, inputs, noise, states, products = residuals
     before = jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), carry, states)
     rows = jax.tree.map(_merge_time, (before, inputs, noise))
@@ -116,19 +128,19 @@ def _backward(step, dtype, residuals, gradient):
         products = _split_time(of_rows, len(noise))
 
     def back(later, x):
-        gradient, before, inputs, noise, products = x
-        total = jax.tree.map(jnp.add, gradient, later)
+        (of_state, of_output), before, inputs, noise, products = x
+        total = jax.tree.map(jnp.add, of_state, later)
         with _linear_layers(lambda layer, x: _known_product(x, kernels[layer.path], None, products[layer.path])):
             _, pull = jax.vjp(lambda before: step(params, before, inputs, noise), before)
-        return pull(total)[0], total
+        return pull((total, of_output))[0], total
 
     def all_steps(params, inputs):
         with _linear_layers(lambda layer, x: _known_product(x, *_parameters(layer), of_rows[layer.path])):
             return step(params, rows[0], inputs, rows[2])
 
-    zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient)
-    of_carry, totals = lax.scan(back, zero, (gradient, before, inputs, noise, products), reverse=True)
-    of_params, of_inputs = jax.vjp(all_steps, params, rows[1])[1](jax.tree.map(_merge_time, totals))
+    zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), of_states)
+    of_carry, totals = lax.scan(back, zero, (gradients, before, inputs, noise, products), reverse=True)
+    of_params, of_inputs = jax.vjp(all_steps, params, rows[1])[1](jax.tree.map(_merge_time, (totals, of_outputs)))
     return of_params, of_carry, _split_time(of_inputs, len(noise)), None
 
 

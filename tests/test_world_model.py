@@ -321,3 +321,10 @@ def test_parameters_for_imagination_imagine_the_same():
     frozen = world_model.imagination_params(model, params)
     assert set(frozen) == {"rssm"} and frozen["rssm"]["prior_out"]["kernel"].dtype == jnp.bfloat16
     helpers.assert_equal(*(step(x, start, action, jax.random.key(0)) for x in (frozen, params)))
+
+
+def test_bfloat16_keeps_imagined_probabilities_in_float32():
+    model = make_model(compute_dtype="bfloat16", soft_prior=True)
+    start, action = world_model.initial(model, params(), 3), jnp.full((3, 2, specs.ACTION_DIM), 0.3)
+    imagined = jax.jit(functools.partial(world_model.imagine, model))(params(), start, action, jax.random.key(0))
+    assert_close(imagined.stochastic, jax.nn.softmax(imagined.logits), atol=1e-6)

@@ -50,6 +50,6 @@ class LatentState:
     """A state of the RSSM; leading axes are free."""
 
     deterministic: Array  # [..., D], h
-    logits: Array  # float32 [..., S, V], of the categoricals that `stochastic` was drawn from
+    logits: Array  # float32 [..., S, V], of the categoricals that `stochastic` was drawn from; no step reads them
     stochastic: Array  # [..., S, V], z, one-hot
     robot: Array | None = None  # float32 [..., P], the robot's own state, in models that carry it (`robot_state`)

@@ -218,11 +218,11 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
 
     def step(rssm_params, latent, inputs, noise):
-        return _carried(model, _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, noise))
+        return _posterior_step(model, {"rssm": rssm_params}, latent, *inputs, noise)
 
     time_major = jax.tree.map(lambda x: x.swapaxes(0, 1), (projected_action, projected_embedding, robot))
     noise = _noise_of_steps(model, rng, length, batch_size)
-    return _scan(model, params, step, initial(model, params, batch_size), time_major, noise)
+    return _states_after(model, params, step, initial(model, params, batch_size), time_major, noise)
 
 
 def imagine(model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array) -> LatentState:
@@ -239,23 +239,28 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
     """
 
     def step(rssm_params, latent, projected_action, noise):
-        return _carried(model, _prior_step(model, {"rssm": rssm_params}, latent, projected_action, noise))
+        return _prior_step(model, {"rssm": rssm_params}, latent, projected_action, noise)
 
     projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
     noise = _noise_of_steps(model, rng, action.shape[1], action.shape[0])
-    return _scan(model, params, step, latent, projected_action, noise)
+    return _states_after(model, params, step, latent, projected_action, noise)
 
 
-def _carried(model, latent: LatentState) -> tuple[LatentState, Array]:
-    """A state as a loop carries it, and its logits, which the next step does not read."""
-    stochastic = latent.stochastic.astype(model.rssm.dtype)  # as products read it; one-hot z is exact in any dtype
-    return latent.replace(logits=None, stochastic=stochastic), latent.logits
+def _states_after(model, params, step, start: LatentState, inputs, noise) -> LatentState:
+    """The states [B, T, ...] that `step(rssm_params, latent, input, noise) -> latent` makes one after another of B."""
+    # Products read z in their own dtype, in which one-hot z is exact, and probabilities are not.
+    z_dtype = jnp.float32 if model.settings.soft_prior else model.rssm.dtype
 
+    def carried(latent: LatentState) -> LatentState:
+        return latent.replace(logits=None, stochastic=latent.stochastic.astype(z_dtype))
 
-def _scan(model, params, step, start: LatentState, inputs, noise) -> LatentState:
-    """Repeats a step, as `recurrence.scan` does: states [B, T, ...] after B states."""
-    start, _ = _carried(model, start)
-    states, logits = recurrence.scan(step, params["rssm"], start, inputs, noise, dtype=model.rssm.dtype)
+    def carry_and_logits(rssm_params, latent, inputs, noise):
+        latent = step(rssm_params, latent, inputs, noise)
+        return carried(latent), latent.logits
+
+    states, logits = recurrence.scan(
+        carry_and_logits, params["rssm"], carried(start), inputs, noise, dtype=model.rssm.dtype
+    )
     latents = states.replace(logits=logits, stochastic=states.stochastic.astype(jnp.float32))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
 

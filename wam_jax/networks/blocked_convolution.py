@@ -43,7 +43,7 @@ def convolve(large: Array, kernel: Array, block: int) -> Array:
     """
     kernel = blocks_kernel(kernel, block)
     few = large.shape[1] - kernel.shape[0] < kernel.shape[0]  # no more windows than taps
-    return _convolve_few(large, kernel) if few else convolve_once(large, kernel, 1)
+    return _convolve_few_windows(large, kernel) if few else convolve_once(large, kernel, 1)
 
 
 def convolve_transposed(small: Array, kernel: Array, block: int) -> Array:
@@ -77,10 +77,10 @@ def convolve_once(x: Array, kernel: Array, stride: int) -> Array:
 
 
 @jax.custom_vjp
-def _convolve_few(x: Array, kernel: Array) -> Array:
+def _convolve_few_windows(x: Array, kernel: Array) -> Array:
     """At stride 1 of a small image, with the kernel's gradient as a matrix product.
 
-    XLA takes that for a convolution forward, and exchanges batch and channels for it.
+    XLA computes that gradient as a forward convolution, with batch and channels exchanged.
     """
     return convolve_once(x, kernel, 1)
 
@@ -94,7 +94,7 @@ def _few_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Arra
     return of_x, (jnp.concatenate(windows, axis=-1).T @ rows).reshape(kernel.shape)
 
 
-_convolve_few.defvjp(lambda x, kernel: (_convolve_few(x, kernel), (x, kernel)), _few_backward)
+_convolve_few_windows.defvjp(lambda x, kernel: (_convolve_few_windows(x, kernel), (x, kernel)), _few_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

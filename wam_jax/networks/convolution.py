@@ -118,16 +118,19 @@ def convolve_transposed(x: Array, kernel: Array, bias: Array, x_block: int = 1, 
 
 @jax.custom_vjp
 def add_bias(x: Array, bias: Array) -> Array:
-    """[..., b * b * C], in blocks of b x b pixels, and float32 [C]: each pixel of a block gets the same bias."""
+    """[..., b * b * C], in blocks of b x b pixels, and float32 [C]: each pixel of a block gets the same bias.
+
+    Gradients, in reverse mode alone, are summed in float32.
+    """
     return x + jnp.tile(bias.astype(x.dtype), x.shape[-1] // len(bias))
 
 
 def _bias_gradient(bias: Array, gradient: Array) -> tuple[Array, Array]:
-    """Sums over images first: at once XLA would read a picture's gradient by its 3 channels, 20 times as slow."""
+    """Sums blocks first: all at once, XLA reads a picture's gradient three channels at a time (0.43 ms for 61 MB)."""
     sums = gradient.sum(tuple(range(gradient.ndim - 1)), dtype=jnp.float32)
     if len(sums) > len(bias):
         sums = lax.optimization_barrier(sums).reshape(-1, len(bias)).sum(0)
-    return gradient, sums
+    return gradient, sums.astype(bias.dtype)
 
 
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_gradient)

@@ -20,7 +20,10 @@ def dense(features: int, dtype: Any, *, use_bias: bool = True, name: str | None 
 
 @jax.custom_vjp
 def elu(x: Array) -> Array:
-    """ELU, whose gradient is taken from its output, which the next layer keeps anyway: x itself is not stored."""
+    """ELU, whose gradient is taken from its output, which the next layer keeps anyway: x itself is not stored.
+
+    It has gradients in reverse mode alone.
+    """
     return nn.elu(x)
 
 

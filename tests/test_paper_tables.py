@@ -228,7 +228,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
         print_table.build(table, ["somewhere"], **options)
 
 
-TWO_SEEDS = ("../dreamer_v2_1", "../dreamer_v2_2", "../wam_1", "../wam_2")
+THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,10 @@ TWO_SEEDS = ("../dreamer_v2_1", "../dreamer_v2_2", "../wam_1", "../wam_2")
         ("playtable_transfer", "differences", ("dreamer_v2_1", "wam_1")),
         ("playtable_transfer/wam_1", "differences", (".",)),
         ("playtable_transfer/wam_2", "differences", (".",)),
+        ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
-        *(("playtable_transfer/two_seeds", table, TWO_SEEDS) for table in ("differences", "bc", "ppo")),
+        ("playtable_transfer/dreamer_v2_3", "differences", (".",)),
+        *(("playtable_transfer/three_seeds", table, THREE_SEEDS) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
     ],
 )

@@ -1,0 +1,163 @@
+"""Draws what imagination says beside what happens outside, over the policies of several finished runs.
+
+python -m experiments.plot_transfer runs/wam_1 runs/wam_2 --output=transfer.png
+
+Left, success imagined against success outside, an arrow from each cloned policy to what PPO made of it; right, what PPO
+gained outside by what imagination gave the cloned policy. The same in numbers is printed, and written beside the
+picture as Markdown. Read from the runs' config.json and table.json alone; imagination begins where the evaluated
+episodes do.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import flags
+
+from experiments import diagnosis_tables, runs
+from wam_jax import cli, intervals, json_files, specs, tables
+
+EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
+_LOSS = 0.02  # a task that falls by more has lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What PPO made of one cloned policy: success imagined, success outside."""
+
+    run: str
+    task: str
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+    @property
+    def gain(self) -> float:
+        """In success outside."""
+        return self.after[1] - self.before[1]
+
+
+def main(workdirs: Sequence[str]) -> None:
+    """Prints the numbers and writes the picture, both where --output says."""
+    path = _OUTPUT.value
+    if not path.endswith(".png"):
+        raise ValueError(f"--output={path} does not end in .png; name the picture to write")
+    changes = load(workdirs)
+    text = markdown(changes)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    draw(changes, path)
+    json_files.write_text(path.removesuffix(".png") + ".md", text)
+    print(text)
+
+
+def load(workdirs: Sequence[str]) -> list[Change]:
+    """Reads the policies of finished runs.
+
+    Raises:
+      ValueError: there is none, or a run lacks a stage, or imagination of one.
+    """
+    if not workdirs:
+        raise ValueError("name at least one workdir, e.g. python -m experiments.plot_transfer runs/quickstart")
+    return [change for workdir in workdirs for change in _changes(runs.load(workdir))]
+
+
+def _changes(run: runs.Run) -> list[Change]:
+    rows = {(row.task, row.stage): row for row in run.rows}
+    tasks = list(dict.fromkeys(row.task for row in run.rows if row.stage == "ppo" and not row.untrained))
+    if not tasks:
+        raise ValueError(f"{run.name}/table.json has no policy that PPO trained; run experiments.evaluate --policy=ppo")
+    both = {(task, stage): _rates(run.name, rows.get((task, stage)), task, stage)
+            for task in tasks for stage in ("bc", "ppo")}  # fmt: skip
+    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"]) for task in tasks]
+
+
+def _rates(name: str, row: tables.Row | None, task: str, stage: str) -> tuple[float, float]:
+    if row is None or row.imagined_success is None:
+        missing = "row" if row is None else "imagined success"
+        raise ValueError(
+            f"{name}/table.json has no {missing} of {task} at stage {stage}; run experiments.evaluate --policy={stage} "
+            "with this --workdir"
+        )
+    return row.imagined_success, row.success
+
+
+def markdown(changes: Sequence[Change]) -> str:
+    """The numbers behind the picture."""
+    scopes = {
+        "all policies": [(c.task, *end) for c in changes for end in (c.before, c.after)],
+        "cloned": [(c.task, *c.before) for c in changes],
+        "after PPO": [(c.task, *c.after) for c in changes],
+        "what PPO changed": [(c.task, c.after[0] - c.before[0], c.gain) for c in changes],
+    }
+    correlations = [
+        [scope, str(len(points)), *(_correlation(points, centred=centred) for centred in (False, True))]
+        for scope, points in scopes.items()
+    ]
+    groups = [(low, high, [c for c in changes if low <= c.before[0] < high or c.before[0] == high == 1])
+              for low, high in zip(EDGES, EDGES[1:], strict=False)]  # fmt: skip
+    gains = [_line(f"{100 * low:.0f} to {100 * high:.0f}", group) for low, high, group in groups if group]
+    return "\n\n".join([
+        f"{len(changes)} cloned policies and what PPO made of them; runs: "
+        f"{', '.join(os.path.basename(os.path.normpath(run)) for run in dict.fromkeys(c.run for c in changes))}.",
+        _table(["success imagined and outside, over", "points", "Pearson [95 %]", "within tasks [95 %]"], correlations),
+        _table(["imagined of the cloned policy, %", "policies", "cloned outside, %", "gain outside, points [95 %]",
+                f"lose more than {100 * _LOSS:.0f} points"], [*gains, _line("all", changes)]),
+        "Intervals draw tasks anew, then each task's policies (correlations), or policies (gains); policies of one run "
+        "share a world model, which makes them rather too narrow.",
+    ]) + "\n"  # fmt: skip
+
+
+def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -> str:
+    tasks = dict.fromkeys(task for task, *_ in points)
+    groups = [np.array([both for task, *both in points if task == name]) for name in tasks]
+    return diagnosis_tables.interval(intervals.of_groups(intervals.pearson, groups, centred=centred))
+
+
+def _line(title: str, changes: Sequence[Change]) -> list[str]:
+    gains = 100 * np.array([change.gain for change in changes])
+    low, high = intervals.of_mean(gains)
+    return [title, str(len(changes)), f"{100 * np.mean([c.before[1] for c in changes]):.1f}",
+            f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]", str(int((gains < -100 * _LOSS).sum()))]  # fmt: skip
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "| --- " * len(header) + "|", *lines[1:]])
+
+
+def draw(changes: Sequence[Change], path: str) -> None:
+    """Writes the picture, to a temporary name first."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), constrained_layout=True)
+    colours = {task: f"C{i}" for i, task in enumerate(specs.TASKS)}
+    left.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
+    right.axhline(0, color="grey", linewidth=1, linestyle=":")
+    for change in changes:
+        before, after = (100 * np.array(end) for end in (change.before, change.after))
+        colour = colours[change.task]
+        left.annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
+        left.plot(*before, "o", markerfacecolor="white", color=colour)
+        left.plot(*after, "o", color=colour)
+        right.plot(before[0], 100 * change.gain, "o", color=colour)
+    left.set(
+        title="hollow: cloned; filled: after PPO in imagination", xlim=(-3, 103), ylim=(-3, 103), aspect="equal",
+        xlabel="success imagined, %", ylabel="success outside, %",
+    )  # fmt: skip
+    right.set(
+        title="what PPO gained", xlim=(-3, 103),
+        xlabel="success imagined of the cloned policy, %", ylabel="gain in success outside, points",
+    )  # fmt: skip
+    tasks = dict.fromkeys(change.task for change in changes)
+    handles = [plt.Line2D([], [], color=colours[task], marker="o", linestyle="") for task in tasks]
+    right.legend(handles, [task.replace("_", " ") for task in tasks], fontsize=9)
+    figure.savefig(path + ".tmp", format="png", dpi=90)
+    plt.close(figure)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":  # its flags are its own: tests import many binaries into one process
+    _OUTPUT = flags.DEFINE_string("output", "transfer.png", "Picture to write; the numbers go beside it, as .md")
+    cli.run(main, takes="workdirs")

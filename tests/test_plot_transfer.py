@@ -1,0 +1,74 @@
+"""Success imagined beside success outside, over runs."""
+
+import json
+import re
+
+import helpers
+import made_up_runs
+import pytest
+from made_up_runs import CLOSE, OPEN
+
+from experiments import plot_transfer
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Makes a run of cloned and fine-tuned policies from {task: ((imagined, real), (imagined, real))}, in tenths."""
+    make = made_up_runs.maker(tmp_path)
+
+    def make_with_imagination(name, policies, **changes):
+        stages = dict(enumerate(("bc", "ppo")))
+        make(name, {stage: {task: [i < ends[e][1] for i in range(10)] for task, ends in policies.items()}
+                    for e, stage in stages.items()}, **changes)  # fmt: skip
+        path = tmp_path / name / "table.json"
+        rows = json.loads(path.read_text())
+        for row in rows:
+            imagined = policies[row["task"]][row["stage"] == "ppo"][0]
+            row["imagined_success"] = None if imagined is None else imagined / 10
+        path.write_text(json.dumps(rows))
+        return str(tmp_path / name)
+
+    return make_with_imagination
+
+
+def rows_of(text):
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_gains_are_sorted_by_what_imagination_gave_the_cloned_policy(make_run, tmp_path):
+    runs = [
+        make_run("a", {OPEN: ((5, 2), (9, 6)), CLOSE: ((10, 8), (10, 7))}),
+        make_run("b", {OPEN: ((6, 4), (8, 6)), CLOSE: ((9, 5), (10, 5))}, seed=1),
+    ]
+    changes = plot_transfer.load(runs)
+    rows = rows_of(plot_transfer.markdown(changes))
+    found = {name: (int(row[0]), float(row[1]), float(row[2].split()[0]), int(row[3])) for name, row in rows.items()
+             if re.fullmatch(r"\d+ to \d+|all", name)}  # fmt: skip
+    assert found == {  # 100 % is in the last bin, each edge in the bin above
+        "0 to 60": (1, 20.0, 40.0, 0),
+        "60 to 80": (1, 40.0, 20.0, 0),
+        "90 to 100": (2, 65.0, -5.0, 1),
+        "all": (4, 47.5, 12.5, 1),
+    }
+    assert rows["what PPO changed"][0] == "4" and rows["all policies"][0] == "8"
+    assert rows["what PPO changed"][1].startswith("0.9")  # (4, 4), (0, -1), (2, 2), (1, 0)
+    plot_transfer.draw(changes, f"{tmp_path}/transfer.png")
+    assert (tmp_path / "transfer.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_what_a_run_lacks_is_named(make_run):
+    without = make_run("a", {OPEN: ((None, 2), (9, 6))})
+    with pytest.raises(ValueError, match=r"no imagined success of open_drawer at stage bc; run experiments.evaluate"):
+        plot_transfer.load([without])
+    with pytest.raises(ValueError, match="name at least one workdir"):
+        plot_transfer.load([])
+    kept = make_run("b", {OPEN: ((5, 2), (5, 2))}, untrained=[OPEN])
+    with pytest.raises(ValueError, match="no policy that PPO trained"):
+        plot_transfer.load([kept])
+
+
+def test_the_published_numbers_are_those_of_the_command():
+    folder = helpers.ROOT / "docs/results/playtable_transfer"
+    runs = [str(folder / f"{method}_{seed}") for method in ("dreamer_v2", "wam") for seed in (1, 2, 3)]
+    assert (folder / "three_seeds/transfer.md").read_text() == plot_transfer.markdown(plot_transfer.load(runs))

@@ -58,10 +58,14 @@ def load(workdirs: Sequence[str]) -> list[Change]:
     """Reads the policies of finished runs.
 
     Raises:
-      ValueError: there is none, or a run lacks a stage, or imagination of one.
+      ValueError: there is none, or one is named twice, or lacks a stage, or imagination of one.
     """
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.plot_transfer runs/quickstart")
+    paths = [os.path.realpath(workdir) for workdir in workdirs]
+    twice = [workdir for workdir, path in zip(workdirs, paths, strict=True) if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice; its policies would count twice")
     return [change for workdir in workdirs for change in _changes(runs.load(workdir))]
 
 

@@ -63,6 +63,8 @@ def test_what_a_run_lacks_is_named(make_run):
         plot_transfer.load([without])
     with pytest.raises(ValueError, match="name at least one workdir"):
         plot_transfer.load([])
+    with pytest.raises(ValueError, match="a is named twice"):
+        plot_transfer.load([without, without + "/."])
     kept = make_run("b", {OPEN: ((5, 2), (5, 2))}, untrained=[OPEN])
     with pytest.raises(ValueError, match="no policy that PPO trained"):
         plot_transfer.load([kept])

@@ -252,6 +252,7 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/dreamer_v2_3", "differences", (".",)),
         *(("playtable_transfer/three_seeds", table, THREE_SEEDS) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
+        *(("playtable_best", table, ("wam_1", "wam_2", "wam_3")) for table in ("differences", "bc", "ppo")),
     ],
 )
 def test_the_published_tables_are_those_of_the_command(name, table, runs):

@@ -70,7 +70,14 @@ def test_what_a_run_lacks_is_named(make_run):
         plot_transfer.load([kept])
 
 
-def test_the_published_numbers_are_those_of_the_command():
-    folder = helpers.ROOT / "docs/results/playtable_transfer"
-    runs = [str(folder / f"{method}_{seed}") for method in ("dreamer_v2", "wam") for seed in (1, 2, 3)]
-    assert (folder / "three_seeds/transfer.md").read_text() == plot_transfer.markdown(plot_transfer.load(runs))
+@pytest.mark.parametrize(
+    ("folder", "methods", "text"),
+    [
+        ("playtable_transfer", ("dreamer_v2", "wam"), "three_seeds/transfer.md"),
+        ("playtable_best", ("wam",), "transfer.md"),
+    ],
+)
+def test_the_published_numbers_are_those_of_the_command(folder, methods, text):
+    folder = helpers.ROOT / "docs/results" / folder
+    runs = [str(folder / f"{method}_{seed}") for method in methods for seed in (1, 2, 3)]
+    assert (folder / text).read_text() == plot_transfer.markdown(plot_transfer.load(runs))

@@ -1,10 +1,10 @@
-"""Playtable's best: fifty demonstrations, and PPO that keeps still where imagination leaves nothing to gain.
+"""Playtable's best policies: fifty demonstrations, and PPO that keeps still where imagination leaves nothing to gain.
 
 Command: python -m experiments.reproduce --config=experiments/configs/playtable_best.py --workdir=runs/best
 and, for the baseline, --config=experiments/configs/playtable_best.py:dreamer_v2; seeds with --config.seed=1.
 `playtable_transfer.py` with fifty demonstrations, as the papers have, in place of eight. Advantages are not scaled up
-where nearly all imagined rollouts succeed, and half of the iterations are made: without both, PPO loses what cloning
-had. Scores: docs/results/playtable_best/.
+where nearly all imagined rollouts succeed, and half of the iterations are made. Cloning reaches 95 %, PPO adds nothing.
+Scores: docs/results/playtable_best/.
 """
 
 from ml_collections import ConfigDict

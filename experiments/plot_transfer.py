@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from experiments import diagnosis_tables, runs
-from wam_jax import cli, intervals, json_files, specs, tables
+from wam_jax import cli, intervals, json_files, tables
 
 EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
 _LOSS = 0.02  # a task that falls by more has lost
@@ -44,8 +44,8 @@ class Change:
 def main(workdirs: Sequence[str]) -> None:
     """Prints the numbers and writes the picture, both where --output says."""
     path = _OUTPUT.value
-    if not path.endswith(".png"):
-        raise ValueError(f"--output={path} does not end in .png; name the picture to write")
+    if not path.endswith(".png") or os.path.isdir(path):
+        raise ValueError(f"--output={path} is a folder or does not end in .png; name the picture to write")
     changes = load(workdirs)
     text = markdown(changes)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -58,7 +58,7 @@ def load(workdirs: Sequence[str]) -> list[Change]:
     """Reads the policies of finished runs.
 
     Raises:
-      ValueError: there is none, or one is named twice, or lacks a stage, or imagination of one.
+      ValueError: there is none; or one is named twice, of another environment, or lacks a stage or imagination of one.
     """
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.plot_transfer runs/quickstart")
@@ -66,7 +66,11 @@ def load(workdirs: Sequence[str]) -> list[Change]:
     twice = [workdir for workdir, path in zip(workdirs, paths, strict=True) if paths.count(path) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is named twice; its policies would count twice")
-    return [change for workdir in workdirs for change in _changes(runs.load(workdir))]
+    loaded = [runs.load(workdir) for workdir in workdirs]
+    environments = sorted({run.config["environment"] for run in loaded})
+    if len(environments) > 1:
+        raise ValueError(f"runs of {' and '.join(environments)}: draw them apart, their tasks differ in all but name")
+    return [change for run in loaded for change in _changes(run)]
 
 
 def _changes(run: runs.Run) -> list[Change]:
@@ -86,7 +90,16 @@ def _rates(name: str, row: tables.Row | None, task: str, stage: str) -> tuple[fl
             f"{name}/table.json has no {missing} of {task} at stage {stage}; run experiments.evaluate --policy={stage} "
             "with this --workdir"
         )
+    for what, value in (("imagined_success", row.imagined_success), ("success", row.success)):
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name}/table.json: {what} of {task} at stage {stage} is {value!r}, expected 0 to 1")
     return row.imagined_success, row.success
+
+
+def _names(workdirs: Sequence[str]) -> list[str]:
+    """Short names, whole paths where those are not enough."""
+    short = [os.path.basename(os.path.normpath(workdir)) for workdir in workdirs]
+    return short if len(set(short)) == len(short) else list(workdirs)
 
 
 def markdown(changes: Sequence[Change]) -> str:
@@ -96,6 +109,7 @@ def markdown(changes: Sequence[Change]) -> str:
         "cloned": [(c.task, *c.before) for c in changes],
         "after PPO": [(c.task, *c.after) for c in changes],
         "what PPO changed": [(c.task, c.after[0] - c.before[0], c.gain) for c in changes],
+        "imagined of the cloned policy, and gain outside": [(c.task, c.before[0], c.gain) for c in changes],
     }
     correlations = [
         [scope, str(len(points)), *(_correlation(points, centred=centred) for centred in (False, True))]
@@ -106,7 +120,7 @@ def markdown(changes: Sequence[Change]) -> str:
     gains = [_line(f"{100 * low:.0f} to {100 * high:.0f}", group) for low, high, group in groups if group]
     return "\n\n".join([
         f"{len(changes)} cloned policies and what PPO made of them; runs: "
-        f"{', '.join(os.path.basename(os.path.normpath(run)) for run in dict.fromkeys(c.run for c in changes))}.",
+        f"{', '.join(_names(list(dict.fromkeys(c.run for c in changes))))}.",
         _table(["success imagined and outside, over", "points", "Pearson [95 %]", "within tasks [95 %]"], correlations),
         _table(["imagined of the cloned policy, %", "policies", "cloned outside, %", "gain outside, points [95 %]",
                 f"lose more than {100 * _LOSS:.0f} points"], [*gains, _line("all", changes)]),
@@ -124,8 +138,9 @@ def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -
 def _line(title: str, changes: Sequence[Change]) -> list[str]:
     gains = 100 * np.array([change.gain for change in changes])
     low, high = intervals.of_mean(gains)
+    interval = f" [{low:+.1f}, {high:+.1f}]" if len(gains) > 1 else ""
     return [title, str(len(changes)), f"{100 * np.mean([c.before[1] for c in changes]):.1f}",
-            f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]", str(int((gains < -100 * _LOSS).sum()))]  # fmt: skip
+            f"{gains.mean():+.1f}{interval}", str(int((gains < -100 * _LOSS).sum()))]  # fmt: skip
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -136,7 +151,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def draw(changes: Sequence[Change], path: str) -> None:
     """Writes the picture, to a temporary name first."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), constrained_layout=True)
-    colours = {task: f"C{i}" for i, task in enumerate(specs.TASKS)}
+    tasks = list(dict.fromkeys(change.task for change in changes))
+    colours = {task: f"C{i}" for i, task in enumerate(tasks)}
     left.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
     right.axhline(0, color="grey", linewidth=1, linestyle=":")
     for change in changes:
@@ -154,7 +170,6 @@ def draw(changes: Sequence[Change], path: str) -> None:
         title="what PPO gained", xlim=(-3, 103),
         xlabel="success imagined of the cloned policy, %", ylabel="gain in success outside, points",
     )  # fmt: skip
-    tasks = dict.fromkeys(change.task for change in changes)
     handles = [plt.Line2D([], [], color=colours[task], marker="o", linestyle="") for task in tasks]
     right.legend(handles, [task.replace("_", " ") for task in tasks], fontsize=9)
     figure.savefig(path + ".tmp", format="png", dpi=90)

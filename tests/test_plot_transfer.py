@@ -63,6 +63,12 @@ def test_what_a_run_lacks_is_named(make_run):
         plot_transfer.load([without])
     with pytest.raises(ValueError, match="name at least one workdir"):
         plot_transfer.load([])
+    damaged = make_run("c", {OPEN: ((70, 2), (9, 6))})
+    with pytest.raises(ValueError, match=r"imagined_success of open_drawer at stage bc is 7.0, expected 0 to 1"):
+        plot_transfer.load([damaged])
+    elsewhere = make_run("d", {OPEN: ((5, 2), (9, 6))}, environment="calvin")
+    with pytest.raises(ValueError, match="runs of calvin and playtable: draw them apart"):
+        plot_transfer.load([make_run("e", {OPEN: ((5, 2), (9, 6))}), elsewhere])
     with pytest.raises(ValueError, match="a is named twice"):
         plot_transfer.load([without, without + "/."])
     kept = make_run("b", {OPEN: ((5, 2), (5, 2))}, untrained=[OPEN])

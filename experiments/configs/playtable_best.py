@@ -13,7 +13,7 @@ from experiments.configs import playtable_transfer
 
 
 def get_config(method: str = "wam") -> ConfigDict:
-    """What two CPU cores train in hours for three seeds."""
+    """What one CPU core trains in about an hour a seed, most of it world model and PPO; collecting the play apart."""
     config = playtable_transfer.get_config(method)
     config.dataset.demonstrations_per_task = 50
     config.ppo.update(num_iterations=40, min_advantage_std=1.0)

@@ -248,6 +248,7 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/wam_1", "differences", (".",)),
         ("playtable_transfer/wam_2", "differences", (".",)),
         ("playtable_transfer/wam_3", "differences", (".",)),
+        ("playtable_transfer/bootstrapped_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_3", "differences", (".",)),
         *(("playtable_transfer/three_seeds", table, THREE_SEEDS) for table in ("differences", "bc", "ppo")),

@@ -55,7 +55,7 @@ def _ladder(records: dict[str, dict[str, Any]]) -> str:
             "## From outside to imagined",
             "Success in %. Each column changes one thing: the oracle for the reward rule, real frames for imagined "
             "ones under the actions that were executed, these actions for the policy's own in imagination, the starts.",
-            _table(header, rows),
+            table(header, rows),
         ]
     )
 
@@ -76,7 +76,7 @@ def _trust(record: dict[str, Any]) -> str:
             "Their own actions, imagined from the first frame; the reward rule beside the recorded end. No "
             f"step of the environment is needed. At most {record['settings']['num_episodes']} attempts of each kind. "
             "![bars](trust.png)",
-            _table(["task", "attempts", "solved", "solved in imagination, %", "failed", "failed there, %"], rows),
+            table(["task", "attempts", "solved", "solved in imagination, %", "failed", "failed there, %"], rows),
         ]
     )
 
@@ -108,8 +108,8 @@ def _calibration(record: dict[str, Any]) -> str:
             f"Imagined minus real: {_signed(figures['mean_error'])} points on average, "
             f"{_percent(figures['mean_absolute_error'])} without sign. A perfect imagination would correlate at "
             f"{_number(ceiling['all'], 2)} (within tasks {_number(ceiling['within_tasks'], 2)}) with so few episodes.",
-            _table(["over", "points", "Pearson [95 %]", "Spearman [95 %]"], rows),
-            _table(["imagined", "points", "mean imagined, %", "mean real, %"], bins),
+            table(["over", "points", "Pearson [95 %]", "Spearman [95 %]"], rows),
+            table(["imagined", "points", "mean imagined, %", "mean real, %"], bins),
         ]
     return "\n\n".join(lines)
 
@@ -140,7 +140,7 @@ def _classifier(record: dict[str, Any]) -> str:
             "of frames one by one, on held-out play and here, and of the reward rule (frames in a row): of the "
             "episodes in which it fires, those that are solved at its first fire; of those that are solved, "
             "those in which it fires. ![bars](classifier.png)",
-            _table(header, rows),
+            table(header, rows),
         ]
     )
 
@@ -161,7 +161,7 @@ def _open_loop(record: dict[str, Any]) -> str:
             f"on {base['windows']} windows of its validation split. Intervals of 95 % are over windows; too narrow for "
             "what hardly changes within an episode, as the blocks. Latents in a row hold the action that led from one "
             "to the other, embeddings do not.",
-            _table(["what", "quantity", "unit", "RMSE [95 %]", "R2"], rows),
+            table(["what", "quantity", "unit", "RMSE [95 %]", "R2"], rows),
         ]
     curves = {name: unit for name, unit in units.items() if name != "probes"}
     references = {name.replace("_", " "): base[name] for name in ("filtered", "standing_still")} if base else {}
@@ -173,7 +173,7 @@ def _open_loop(record: dict[str, Any]) -> str:
             if quantity in of
         ]
         unit = next(iter(curves.values()))[quantity]["unit"]
-        lines.append(_table([f"{quantity} ({unit})", *map(str, horizons)], rows))
+        lines.append(table([f"{quantity} ({unit})", *map(str, horizons)], rows))
     return "\n\n".join(lines)
 
 
@@ -206,7 +206,7 @@ def _divergence(record: dict[str, Any]) -> str:
             f"hand in cm, while the episode runs; the hands part where imagination and filter from then on decode "
             f"places {parting_cm:g} cm apart. Then the reward rule on imagination beside the oracle: it alone fires "
             "(made up), it never does (missed), it fires early or late. ![curves](divergence.png)",
-            _table(header, rows),
+            table(header, rows),
         ]
     )
 
@@ -227,7 +227,8 @@ def _signed(value: float) -> str:
     return f"{100 * value:+.0f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
-from experiments import diagnosis_tables, runs
+from experiments import runs
+from experiments.diagnosis_tables import interval, table
 from wam_jax import cli, intervals, json_files, tables
 
 EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
@@ -121,8 +122,8 @@ def markdown(changes: Sequence[Change]) -> str:
     return "\n\n".join([
         f"{len(changes)} cloned policies and what PPO made of them; runs: "
         f"{', '.join(_names(list(dict.fromkeys(c.run for c in changes))))}.",
-        _table(["success imagined and outside, over", "points", "Pearson [95 %]", "within tasks [95 %]"], correlations),
-        _table(["imagined of the cloned policy, %", "policies", "cloned outside, %", "gain outside, points [95 %]",
+        table(["success imagined and outside, over", "points", "Pearson [95 %]", "within tasks [95 %]"], correlations),
+        table(["imagined of the cloned policy, %", "policies", "cloned outside, %", "gain outside, points [95 %]",
                 f"lose more than {100 * _LOSS:.0f} points"], [*gains, _line("all", changes)]),
         "Intervals draw tasks anew, then each task's policies (correlations), or policies (gains); policies of one run "
         "share a world model, which makes them rather too narrow.",
@@ -132,20 +133,15 @@ def markdown(changes: Sequence[Change]) -> str:
 def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -> str:
     tasks = dict.fromkeys(task for task, *_ in points)
     groups = [np.array([both for task, *both in points if task == name]) for name in tasks]
-    return diagnosis_tables.interval(intervals.of_groups(intervals.pearson, groups, centred=centred))
+    return interval(intervals.of_groups(intervals.pearson, groups, centred=centred))
 
 
 def _line(title: str, changes: Sequence[Change]) -> list[str]:
     gains = 100 * np.array([change.gain for change in changes])
     low, high = intervals.of_mean(gains)
-    interval = f" [{low:+.1f}, {high:+.1f}]" if len(gains) > 1 else ""
+    span = f" [{low:+.1f}, {high:+.1f}]" if len(gains) > 1 else ""
     return [title, str(len(changes)), f"{100 * np.mean([c.before[1] for c in changes]):.1f}",
-            f"{gains.mean():+.1f}{interval}", str(int((gains < -100 * _LOSS).sum()))]  # fmt: skip
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "| --- " * len(header) + "|", *lines[1:]])
+            f"{gains.mean():+.1f}{span}", str(int((gains < -100 * _LOSS).sum()))]  # fmt: skip
 
 
 def draw(changes: Sequence[Change], path: str) -> None:

@@ -121,6 +121,15 @@ def _check_agreement(config: ConfigDict) -> None:
             f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
             f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
         )
+    draws, batch_size = config.policy.noise_draws, config.policy.batch_size
+    per_device = batch_size // parallel.device_count(config.num_devices)
+    if per_device % draws:
+        raise ValueError(
+            f"config.policy.noise_draws={draws} does not divide the {per_device} noised chunks of a batch on a device "
+            f"(config.policy.batch_size={batch_size}); take a divisor, e.g. {math.gcd(draws, per_device)}"
+        )
+    if config.policy.kind == "gaussian" and draws > 1:
+        raise ValueError(f"config.policy.noise_draws={draws}, but a Gaussian policy is cloned without noise; take 1")
     if config.policy.time_dim % 2:
         raise ValueError(f"config.policy.time_dim={config.policy.time_dim} is odd: half are sines, half cosines")
     decisions = config.ppo.num_rollouts * max_steps // chunk

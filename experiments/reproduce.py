@@ -3,6 +3,7 @@
 python -m experiments.reproduce --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
 --reuse=OTHER_WORKDIR takes over what the config would make just the same as another run did: one lever, one command.
+--until=evaluate_bc stops after that stage, here before PPO; the same command without it goes on.
 """
 
 import os
@@ -28,32 +29,47 @@ from wam_jax import evaluation, json_files, metrics, tables, videos
 VIDEO_CONTEXT = 5  # real frames the model sees before it predicts the rest
 
 
-def run(config, workdir: str, source: str = "") -> None:
-    """Runs every stage and prints the table; `source` is a run to take over from what would be the same."""
+def run(config, workdir: str, source: str = "", until: str = "video") -> None:
+    """Runs the stages and prints the table.
+
+    Args:
+      config, workdir: of the run.
+      source: a run to take over from what would be the same; empty: none.
+      until: the last of STAGES to run.
+    """
     simulators.check(config)
     if source:
         print(
             f"taken over from {source}: {', '.join(reuse.take_over(config, workdir, source)) or 'nothing'}", flush=True
         )
-    stages = {
-        "collect": collect_calvin.run if config.environment == "calvin" else collect_playtable.run,
-        "world_model": train_world_model.run,
-        "policy": train_policy.run,
-        "reward": train_reward.run,
-        "ppo": finetune_policy.run,
-        "evaluate bc": lambda config, workdir: evaluate.run(config, workdir, "bc"),
-        "evaluate ppo": lambda config, workdir: evaluate.run(config, workdir, "ppo"),
-        "video": film,
-    }
-    for number, (name, stage) in enumerate(stages.items(), start=1):
-        print(f"[{number}/{len(stages)}] {name}", flush=True)
+    names = list(STAGES)[: list(STAGES).index(until) + 1]
+    for number, name in enumerate(names, start=1):
+        print(f"[{number}/{len(names)}] {name}", flush=True)
         started = time.monotonic()
         try:
-            stage(config, workdir)
+            STAGES[name](config, workdir)
         finally:  # an interrupted stage has cost its seconds too
             note_seconds(workdir, name, time.monotonic() - started)
     rows = evaluate.write_table(workdir)
-    print(f"\n{tables.markdown(rows)}\nwritten to {workdir}: table.md, table.json, rollout.gif, metrics.jsonl, ...")
+    if rows:
+        print(f"\n{tables.markdown(rows)}")
+    print(f"written to {workdir}: {', '.join(sorted(os.listdir(workdir)))}")
+
+
+def collect(config, workdir: str) -> None:
+    """Collects play and demonstrations, where the config names no directories of them."""
+    stage = collect_calvin if config.environment == "calvin" else collect_playtable
+    stage.run(config, workdir)
+
+
+def evaluate_bc(config, workdir: str) -> None:
+    """Evaluates the cloned policies."""
+    evaluate.run(config, workdir, "bc")
+
+
+def evaluate_ppo(config, workdir: str) -> None:
+    """Evaluates the fine-tuned policies."""
+    evaluate.run(config, workdir, "ppo")
 
 
 def film(config, workdir: str) -> None:
@@ -88,6 +104,18 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
     logging.info("%s took %.1f s", stage, seconds)
 
 
+STAGES = {
+    "collect": collect,
+    "world_model": train_world_model.run,
+    "policy": train_policy.run,
+    "reward": train_reward.run,
+    "evaluate_bc": evaluate_bc,
+    "ppo": finetune_policy.run,
+    "evaluate_ppo": evaluate_ppo,
+    "video": film,
+}
+
 if __name__ == "__main__":
     _REUSE = flags.DEFINE_string("reuse", "", "Workdir of another run, to take over what would be the same here")
-    launch.main(lambda config, workdir: run(config, workdir, _REUSE.value))
+    _UNTIL = flags.DEFINE_enum("until", "video", list(STAGES), "The last stage to run")
+    launch.main(lambda config, workdir: run(config, workdir, _REUSE.value, _UNTIL.value))

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from wam_jax import diffusion_policy
+from wam_jax import diffusion_policy, flops
 from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
 from wam_jax.networks import categorical, rssm
 from wam_jax.networks.denoiser import Critic, Denoiser, mish
@@ -43,6 +43,7 @@ def make_settings(**changes):
         "standardize": False,
         "soft_feature": False,
         "batch_size": 32,
+        "noise_draws": 1,
     }
     return ml_collections.FrozenConfigDict({**settings, **changes})
 
@@ -174,6 +175,26 @@ def test_cloning_overfits_a_batch_and_the_sampler_reproduces_it():
     assert jnp.abs(chunk - batch.action).mean() < 0.1, "the sampler does not reproduce what was cloned"
     assert gaps.max() < 1e-6, "the average of the parameters does not move at every update"
     assert int(state.step) == 1500
+
+
+def test_more_draws_of_noise_are_the_loss_of_a_batch_that_repeats_its_states_for_less_work():
+    batch, state, rng = make_batch(8), init(jax.random.key(0)), jax.random.key(1)
+    bank = diffusion_policy.PolicyBank(batch, jnp.int32(8))
+    exact = {"resample_latent": False, "batch_size": 32}
+
+    def grads(batch, draws):
+        settings = make_settings(**exact, noise_draws=draws)
+        return jax.grad(diffusion_policy.loss, has_aux=True)(state.params, batch, rng, settings=settings)
+
+    def work(draws):
+        settings = make_settings(**exact, noise_draws=draws)
+        update = functools.partial(diffusion_policy.update_from_bank, settings=settings)
+        return flops.count(update, state, bank, rng)
+
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x] * 4), batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), grads(batch, 4), grads(repeated, 1))
+    of_state = 2 * 2 * STATE_DIM * 64  # multiplications and additions of a row, forward and back; 64 wide
+    assert work(1) - work(4) == (32 - 8) * of_state
 
 
 def test_resampling_draws_from_the_stored_posterior():

@@ -57,6 +57,8 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("world_model.open_loop_weight", -1.0, "config.world_model.open_loop_weight=-1.0; expected a number of 0 or"),
         ("ppo.ema_decay", 1.0, "ppo.ema_decay=1.0 keeps the cloned policy for ever"),
         ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
+        ("policy.noise_draws", 3, "config.policy.noise_draws=3 does not divide the 8 noised chunks .*e.g. 1"),
+        ("policy.noise_draws", 0, "config.policy.noise_draws=0; expected 1 or more"),
         ("policy.kind", "normal", "config.policy.kind='normal'; expected 'diffusion' or 'gaussian'"),
         ("policy.compute_dtype", "half", "config.policy.compute_dtype='half'; expected"),
         ("reward.kind", "rule", "config.reward.kind='rule'; expected 'classifier' or 'scene'"),
@@ -111,6 +113,12 @@ def test_a_value_that_cannot_work_is_named_with_the_mend(tmp_path, path, value, 
         launch.prepare(change(path, value), str(tmp_path / "run"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gaussian_policy_is_cloned_without_noise(tmp_path):
+    config = change("policy.kind", "gaussian", change("policy.noise_draws", 2))
+    with pytest.raises(ValueError, match="noise_draws=2, but a Gaussian policy is cloned without noise; take 1"):
+        launch.prepare(config, str(tmp_path / "run"))
 
 
 def test_a_soft_prior_needs_a_policy_that_was_cloned_on_probabilities(tmp_path):
@@ -285,6 +293,18 @@ def test_recorded_data_is_not_collected_and_a_simulator_without_assets_refused(t
     with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         reproduce.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("until", "number"), [("reward", 4), ("evaluate_bc", 5), ("video", 8)])
+def test_reproduce_stops_after_the_stage_that_until_names(tmp_path, monkeypatch, capsys, until, number):
+    done = []
+    for name in reproduce.STAGES:
+        monkeypatch.setitem(reproduce.STAGES, name, lambda config, workdir, name=name: done.append(name))
+    reproduce.run(FrozenConfigDict(helpers.make_config()), str(tmp_path), until=until)
+    assert done[-1] == until and len(done) == number
+    assert f"[{number}/{number}] {until}" in capsys.readouterr().out
+    with open(tmp_path / "stages.json") as file:
+        assert list(json.load(file)["seconds"]) == done
 
 
 # --- As a user meets it ---

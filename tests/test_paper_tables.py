@@ -261,6 +261,26 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     assert (folder / f"{table}.md").read_text() == print_table.build(table, [str(folder / run) for run in runs])[0]
 
 
+@pytest.mark.parametrize(
+    ("file", "runs", "against"),
+    [
+        ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
+        ("noise_draws/wam.md", ("noise_draws/wam_2", "noise_draws/wam_3"), ("wam_2", "wam_3")),
+        (
+            "noise_draws/dreamer_v2.md",
+            ("noise_draws/dreamer_v2_2", "noise_draws/dreamer_v2_3"),
+            ("dreamer_v2_2", "dreamer_v2_3"),
+        ),
+    ],
+)
+def test_the_published_differences_of_two_configs_are_those_of_the_command(monkeypatch, file, runs, against):
+    monkeypatch.chdir(helpers.ROOT)  # the table names the runs as the command did
+    first = [f"docs/results/{run}" for run in runs]
+    second = [f"docs/results/playtable_transfer/{run}" for run in against]
+    text = print_table.build("differences", first, against=second)[0]
+    assert Path(f"docs/results/{file}").read_text() == text
+
+
 def test_the_command_writes_what_it_prints(make_run, tmp_path):
     run = make_run("a", {"bc": every_task(of(5))})
     text, values = print_table.build("bc", [run])

@@ -15,7 +15,7 @@ Keys of `settings` (the papers' values):
     denoising_steps 20 (K), finetuned_steps 10 (F), exploration_std 0.1, evaluation_std 1e-3, noise_clip 3.0
     learning_rate 1e-4, final_learning_rate 1e-5, warmup_steps, decay_steps, weight_decay 1e-6, ema_decay 0.995
     standardize False, soft_feature False, resample_latent True
-    batch_size 256 (per device; only `update_from_bank` reads it)
+    batch_size 256 (per device, counts noised chunks), noise_draws 1 (of each state in a batch)
 
 Where this differs from DPPO's code:
   * The average of the parameters moves at every update; DPPO moves it every tenth epoch with the same decay, so its
@@ -187,6 +187,8 @@ def set_statistics(state: PolicyState, demonstrated: LatentState, *, settings: A
 def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tuple[Array, Metrics]:
     """Mean squared error of the predicted noise at uniformly drawn steps (Ho et al. 2020, eq. 14), or of the chunk.
 
+    Each chunk is noised `noise_draws` times, so that one product with its state serves all (arXiv 2406.11838).
+
     Args:
       params: of the network.
       batch: B latents and chunks.
@@ -194,15 +196,15 @@ def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tu
       settings: see the module.
 
     Returns:
-      float32 scalar, mean over batch, chunk and action entries; and metrics.
+      float32 scalar, mean over draws, batch, chunk and action entries; and metrics.
     """
     latent_rng, step_rng, noise_rng = jax.random.split(rng, 3)
     latent = batch.latent
     if settings.resample_latent:
         latent = latent.replace(stochastic=categorical.sample_one_hot(latent.logits, latent_rng))
-    step = jax.random.randint(step_rng, batch.action.shape[:1], 0, settings.denoising_steps)
-    noise = jax.random.normal(noise_rng, batch.action.shape)
-    alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
+    noise = jax.random.normal(noise_rng, (settings.noise_draws, *batch.action.shape))
+    step = jax.random.randint(step_rng, noise.shape[:2], 0, settings.denoising_steps)
+    alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][..., None, None]
     noisy_chunk = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1 - alpha_bar) * noise
     state = features(latent, settings=settings)
     predicted = network(settings).apply(params, noisy_chunk, step, state, method="denoise")
@@ -230,9 +232,9 @@ def update(
 def update_from_bank(
     state: PolicyState, bank: PolicyBank, rng: Array, *, settings: Any, axis_name: str | None = None
 ) -> tuple[PolicyState, Metrics]:
-    """`update` on `settings.batch_size` rows drawn uniformly, with replacement, from a bank on the device."""
+    """`update` on rows drawn uniformly, with replacement, from a bank on the device; noised they make up the batch."""
     draw_rng, update_rng = jax.random.split(rng)
-    rows = jax.random.randint(draw_rng, (settings.batch_size,), 0, bank.num_rows)
+    rows = jax.random.randint(draw_rng, (settings.batch_size // settings.noise_draws,), 0, bank.num_rows)
     batch = jax.tree.map(lambda x: x[rows], bank.rows)
     return update(state, batch, update_rng, settings=settings, axis_name=axis_name)
 

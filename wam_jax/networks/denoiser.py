@@ -165,7 +165,7 @@ class Denoiser(nn.Module):
         return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)
 
     def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
-        """All at once, where a state is used for one step only; shapes as above, state [..., state]."""
+        """All at once; shapes as above, step int [...], state [..., state]: a state may serve several chunks."""
         return self(noisy_chunk, self.condition(state) + self.time(step))
 
 

@@ -4,6 +4,7 @@ import atexit
 import functools
 import tempfile
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
@@ -59,10 +60,10 @@ def uniform(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def latents(config: FrozenConfigDict, count: int) -> LatentState:
-    """States of the config's world model, [count, ...]; numpy."""
+    """States of the config's world model, [count, ...], h in its compute dtype as `observe` leaves it; numpy."""
     settings, rng = config.world_model, np.random.default_rng(2)
     logits = rng.normal(size=(count, settings.num_latents, settings.num_classes)).astype(np.float32)
-    deterministic = rng.uniform(-1, 1, (count, settings.deterministic_dim)).astype(np.float32)
+    deterministic = rng.uniform(-1, 1, (count, settings.deterministic_dim)).astype(jnp.dtype(settings.compute_dtype))
     stochastic = (logits == logits.max(-1, keepdims=True)).astype(np.float32)
     robot = uniform((count, specs.PROPRIOCEPTION_DIM)) if settings.robot_state else None
     return LatentState(deterministic, logits, stochastic, robot)

@@ -128,6 +128,15 @@ def _check_agreement(config: ConfigDict) -> None:
             f"config.policy.noise_draws={draws} does not divide the {per_device} noised chunks of a batch on a device "
             f"(config.policy.batch_size={batch_size}); take a divisor, e.g. {math.gcd(draws, per_device)}"
         )
+    if config.policy.ema_decay == 1:
+        raise ValueError(
+            "config.policy.ema_decay=1.0 keeps the network as it was drawn for ever; take less, e.g. 0.995"
+        )
+    if config.ppo.critic_warmup >= config.ppo.num_iterations:
+        raise ValueError(
+            f"config.ppo.critic_warmup={config.ppo.critic_warmup} leaves the actor none of num_iterations="
+            f"{config.ppo.num_iterations}; take fewer, or more iterations"
+        )
     if config.policy.kind == "gaussian" and draws > 1:
         raise ValueError(f"config.policy.noise_draws={draws}, but a Gaussian policy is cloned without noise; take 1")
     if config.policy.time_dim % 2:

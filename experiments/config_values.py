@@ -38,6 +38,11 @@ def defaults(method: str) -> dict[str, Any]:
     return flat(json.loads(base.get_config(method).to_json_best_effort()))
 
 
+def deciding(tree: Any) -> dict[str, Any]:
+    """The leaves by their full names, but for those of FREE."""
+    return {key: value for key, value in flat(tree).items() if not any(part in f".{key}" for part in FREE)}
+
+
 def differing(first: dict, second: dict) -> dict[str, tuple[Any, Any]]:
     """Which values tell two configs apart, by name in alphabetical order; None where a config lacks one.
 
@@ -48,16 +53,12 @@ def differing(first: dict, second: dict) -> dict[str, tuple[Any, Any]]:
       first: as config.json has it.
       second: likewise.
     """
-    one, other = flat(first), flat(second)
-    before = defaults(second["method"])
+    one, other = deciding(first), deciding(second)
+    before = deciding(defaults(second["method"]))
     one, other = (
         {key: before[key] for key in theirs if key in before} | own for own, theirs in ((one, other), (other, one))
     )
-    return {
-        key: (one.get(key), other.get(key))
-        for key in sorted({*one, *other})
-        if one.get(key) != other.get(key) and not any(part in f".{key}" for part in FREE)
-    }
+    return {key: (one.get(key), other.get(key)) for key in sorted({*one, *other}) if one.get(key) != other.get(key)}
 
 
 def changed(config: FrozenConfigDict, section: str, **changes: Any) -> FrozenConfigDict:

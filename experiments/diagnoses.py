@@ -10,7 +10,16 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from experiments import evaluate, finetune_policy, launch, simulators, train_policy, train_reward, train_world_model
+from experiments import (
+    config_values,
+    evaluate,
+    finetune_policy,
+    launch,
+    simulators,
+    train_policy,
+    train_reward,
+    train_world_model,
+)
 from wam_jax import calibration, datasets, evaluation, open_loop, probes, replay, trust, world_model
 from wam_jax.calibration import Point
 from wam_jax.diffusion_policy import PolicyParams
@@ -197,13 +206,9 @@ def _start_seed(config, options: Options) -> int:
 
 def _with_options(config, options: Options, noise: float | None = None) -> FrozenConfigDict:
     """The config as the evaluation reads it, for this diagnosis' episodes."""
-    changed: dict[str, dict[str, Any]] = {
-        "evaluation": {"num_episodes": options.num_episodes, "seed": _start_seed(config, options)}
-    }
-    if noise is not None:
-        changed["policy"] = {"evaluation_std": noise}
-    values = config.to_dict()
-    return FrozenConfigDict(values | {key: values[key] | change for key, change in changed.items()})
+    seed = _start_seed(config, options)
+    config = config_values.changed(config, "evaluation", num_episodes=options.num_episodes, seed=seed)
+    return config if noise is None else config_values.changed(config, "policy", evaluation_std=noise)
 
 
 def _trained(config, workdir: str, candidate: Candidate, rewards: Params) -> evaluate.Trained:

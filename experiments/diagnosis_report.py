@@ -48,9 +48,7 @@ def write_summary(directory: str, left_out: dict[str, str]) -> str:
     mend = "delete it; the same command measures again"
     records = {part: json_files.read(path, mend) for part, path in paths.items() if os.path.exists(path)}
     text = diagnosis_tables.summary(records, {part: why for part, why in left_out.items() if part not in records})
-    with open(os.path.join(directory, "summary.md.tmp"), "w") as file:
-        file.write(text)
-    os.replace(file.name, os.path.join(directory, "summary.md"))
+    json_files.write_text(os.path.join(directory, "summary.md"), text)
     return text
 
 

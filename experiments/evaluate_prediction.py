@@ -21,7 +21,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from experiments import launch, train_world_model
+from experiments import config_values, launch, train_world_model
 from wam_jax import json_files, metrics, npz_files, perceptual, prediction, prediction_tables, videos
 
 matplotlib.use("Agg")
@@ -96,7 +96,7 @@ def _describe(config, directory: str, windows: list[tuple[int, int]], paths: Map
         "window_seed": config.prediction.seed,
         "windows": windows,
         "weights_sha256": digests,
-        "config": {name: config[name].to_dict() for name in ("world_model", "dataset")},
+        "config": config_values.deciding({name: config[name].to_dict() for name in ("world_model", "dataset")}),
     }
     return json.loads(json.dumps(about))
 

@@ -1,4 +1,4 @@
-"""Draws the learning curves of a run: world model, policies, classifiers and PPO.
+"""Draws the learning curves of a run: of the world model, and of PPO, in imagination or in the environment.
 
 python -m experiments.plot_curves --workdir=runs/quickstart [--output=curves.png]
 """
@@ -35,9 +35,14 @@ def main(argv) -> None:
     for axis, task in zip(axes[1:].ravel(), specs.TASKS, strict=True):
         for workdir in workdirs:
             name = os.path.basename(os.path.normpath(workdir))
-            _line(axis, metrics.read(workdir, f"ppo/{task}"), "imagined_success", name)
+            rows = metrics.read(workdir, f"ppo/{task}")
+            outside = any("environment_success" in row for row in rows)  # with ppo.rollouts=environment
+            _line(axis, rows, "environment_success" if outside else "imagined_success", name)
         axis.set(
-            title=f"PPO: {task.replace('_', ' ')}", xlabel="iteration", ylabel="imagined success", ylim=(-0.03, 1.03)
+            title=f"PPO: {task.replace('_', ' ')}",
+            xlabel="iteration",
+            ylabel="success of the rollouts",
+            ylim=(-0.03, 1.03),
         )  # lines at 0 and 1 stay visible
     path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

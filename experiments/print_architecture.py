@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import config_checks, finetune_policy, train_policy, train_reward
-from wam_jax import cli, world_model
+from wam_jax import cli, tables, world_model
 
 PAPER = {  # by part: what the paper states, and parameters of the public PyTorch code that it builds on
     "encoder": ("embedding 1,554 = 1,536 of two cameras + 18 of proprioception", "7,825,824 (LUMOS)"),
@@ -83,19 +83,18 @@ def count_parameters(config: FrozenConfigDict) -> dict[str, int]:
 def markdown(configs: Mapping[str, FrozenConfigDict]) -> str:
     """A Markdown table: a line per part, a column per config, then the paper's statement and the counted code."""
     counts = {name: count_parameters(config) for name, config in configs.items()}
-    lines = [_line("", [*configs, "paper", "public code, counted"]), _line("---", ["---"] * (len(configs) + 2))]
+    lines = [
+        tables.line("", [*configs, "paper", "public code, counted"]),
+        tables.line("---", ["---"] * (len(configs) + 2)),
+    ]
     for name, describe in _SIZES.items():
-        lines.append(_line(name, [*(describe(config) for config in configs.values()), "", ""]))
+        lines.append(tables.line(name, [*(describe(config) for config in configs.values()), "", ""]))
     for part, (paper, counted) in PAPER.items():
         cells = [f"{found[part]:,}" if part in found else "-" for found in counts.values()]
-        lines.append(_line(part.replace("_", " "), [*cells, paper, counted]))
+        lines.append(tables.line(part.replace("_", " "), [*cells, paper, counted]))
     totals = [sum(found.get(part, 0) for part in WORLD_MODEL_PARTS) for found in counts.values()]
-    lines.append(_line("**world model**", [*(f"**{total:,}**" for total in totals), "", "39,901,078 (LUMOS)"]))
+    lines.append(tables.line("**world model**", [*(f"**{total:,}**" for total in totals), "", "39,901,078 (LUMOS)"]))
     return "\n".join([*lines, "", NOTE]) + "\n"
-
-
-def _line(label: str, cells: Sequence[str]) -> str:
-    return f"| {label} | {' | '.join(cells)} |"
 
 
 def _latent(settings: Any) -> str:

@@ -18,7 +18,7 @@ _PARTS = {
     "policy": ("world_model", "demonstrations", "policy."),
     "reward": ("world_model", "demonstrations", "policy.soft_feature", "reward."),
     "ppo": ("policy", "reward", "ppo.", "evaluation.max_steps"),
-    "evaluation": ("policy", "reward", "evaluation."),  # of the cloned policies
+    "evaluation": ("policy", "reward", "evaluation.", "ppo.resample_latent"),  # of the cloned policies
 }
 
 

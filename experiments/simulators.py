@@ -9,7 +9,7 @@ from absl import flags
 from wam_jax import environments, specs
 from wam_jax.environments.interface import Environment
 
-_CALVIN_FLAGS = ("calvin_assets", "starts", "calvin_workers", "calvin_python")  # "starts": of those who evaluate
+_CALVIN_FLAGS = ("calvin_assets", "starts", "calvin_workers", "calvin_python", "calvin_actions")  # of some binaries
 flags.DEFINE_string("calvin_assets", "", "Folder of CALVIN's assets: calvin_env's data/, or one laid out like it")
 flags.DEFINE_integer("calvin_workers", 0, "CALVIN: processes that simulate; 0: one for each core")
 flags.DEFINE_string("calvin_python", "", "CALVIN: Python that has pybullet; empty: the one that runs this")

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from wam_jax import diffusion_policy, flops
+from wam_jax import diffusion_policy, flops, noise_schedule
 from wam_jax.diffusion_policy import PolicyBatch, PolicyParams
 from wam_jax.networks import categorical, rssm
 from wam_jax.networks.denoiser import Critic, Denoiser, mish
@@ -85,7 +85,7 @@ def test_parameter_counts_are_dppos():
 
 def test_schedule_is_the_closed_form():
     steps = 20
-    schedule = diffusion_policy.cosine_schedule(steps)
+    schedule = noise_schedule.cosine_schedule(steps)
 
     def signal(i):
         return np.cos((i / steps + 0.008) / 1.008 * np.pi / 2) ** 2

@@ -56,6 +56,8 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("world_model.kl_weight", float("inf"), "config.world_model.kl_weight=inf; expected a number above 0"),
         ("world_model.open_loop_weight", -1.0, "config.world_model.open_loop_weight=-1.0; expected a number of 0 or"),
         ("ppo.ema_decay", 1.0, "ppo.ema_decay=1.0 keeps the cloned policy for ever"),
+        ("policy.ema_decay", 1.0, "config.policy.ema_decay=1.0 keeps the network as it was drawn for ever"),
+        ("ppo.critic_warmup", 4, "config.ppo.critic_warmup=4 leaves the actor none of num_iterations=4; take fewer"),
         ("policy.ema_decay", 2.0, "config.policy.ema_decay=2.0; expected a number from 0 to 1"),
         ("policy.noise_draws", 3, "config.policy.noise_draws=3 does not divide the 8 noised chunks .*e.g. 1"),
         ("policy.noise_draws", 0, "config.policy.noise_draws=0; expected 1 or more"),

@@ -31,8 +31,9 @@ def play(tmp_path_factory):
     return write_play(tmp_path_factory.mktemp("play") / "data", train=1, validation=2)
 
 
-def make_config(play, **changes):
+def make_config(play, cache="memory", **changes):
     config = helpers.make_config("wam")
+    config.dataset.cache = cache
     config.dataset.play = str(play)
     config.prediction.update(SETTINGS | changes)
     return FrozenConfigDict(config)
@@ -107,6 +108,7 @@ def test_the_command_measures_draws_and_keeps_finished_work(measure, tmp_path, m
     )
     monkeypatch.setattr(prediction, "open_loop", None)
     assert measure() == results
+    assert measure(cache="mmap") == results  # decides nothing
     with pytest.raises(TypeError):
         measure(horizon=3)  # other settings are measured anew
 

@@ -112,6 +112,24 @@ def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
         shards.finish_dataset(tmp_path, spec, {"train": [[12]]})
 
 
+def test_a_disk_that_fills_up_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *arguments):
+            pass
+
+        def write(self, record):
+            pass
+
+        def close(self):  # where ArrayRecord notices
+            raise RuntimeError("No space left on device")
+
+    spec = helpers.spec_of("toy", make_episode())
+    shards.start_dataset(tmp_path, {})
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="toy-train.*No space left on device.*is the disk full"):
+        shards.write_shard(tmp_path, spec, "train", 0, 1, [make_episode()])
+
+
 def test_another_dataset_in_the_same_directory_is_refused(tmp_path):
     write(tmp_path, [make_episode(seed=0)])
     with pytest.raises(ValueError, match="made with other settings .episodes differ"):

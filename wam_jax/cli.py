@@ -21,7 +21,7 @@ def run(main: Callable[[Sequence[str]], None], *, takes: str = "") -> None:
             if argv[1:] and not takes:
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             main(argv[1:])
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of ArrayRecord, on a full disk
+        except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:

@@ -31,33 +31,21 @@ import distrax
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from wam_jax import specs
 from wam_jax.networks import categorical, rssm
 from wam_jax.networks.denoiser import ChunkMean, Denoiser
+from wam_jax.noise_schedule import cosine_schedule
 from wam_jax.optimizers import adamw
 from wam_jax.parallel import pmean
 from wam_jax.types import Array, LatentState, Metrics, Params
 
-COSINE_OFFSET = 0.008
-MAX_BETA = 0.999
 MIN_FEATURE_STD = 0.02  # added, so that entries that hardly move in the demonstrations are not blown up
 _CONSTANTS = "standardized"  # the network's parameters that are constants of the demonstrations
 _FLOAT32 = (_CONSTANTS, "time_hidden", "time_out")  # and those that are used in float32 whatever the compute dtype
 LOG_PROB_MIN, LOG_PROB_MAX = -5.0, 2.0  # element-wise clamp of log-probabilities (DPPO)
-
-
-@flax.struct.dataclass
-class Schedule:
-    """Constants of the diffusion, one per denoising step; float32 [K]."""
-
-    alpha_bar: Array  # share of the signal's variance left at step t
-    variance: Array  # of the posterior q(x_{t-1} | x_t, x_0)
-    clean_weight: Array  # weight of x_0 in the posterior's mean
-    noisy_weight: Array  # weight of x_t in the posterior's mean
 
 
 @flax.struct.dataclass
@@ -92,21 +80,6 @@ class PolicyState:
     ema_params: Params  # float32, moving average of `params`; this is the policy
     optimizer_state: Any
     step: Array  # int32 [], updates done
-
-
-def cosine_schedule(num_steps: int) -> Schedule:
-    """The cosine schedule of Nichol & Dhariwal (2021), eq. 17, for K steps."""
-    grid = np.arange(num_steps + 1) / num_steps
-    signal = np.cos((grid + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
-    beta = np.clip(1 - signal[1:] / signal[:-1], 0, MAX_BETA)
-    alpha_bar = np.cumprod(1 - beta)
-    previous = np.append(1.0, alpha_bar[:-1])
-    return Schedule(
-        alpha_bar=jnp.asarray(alpha_bar, jnp.float32),
-        variance=jnp.asarray(beta * (1 - previous) / (1 - alpha_bar), jnp.float32),
-        clean_weight=jnp.asarray(beta * np.sqrt(previous) / (1 - alpha_bar), jnp.float32),
-        noisy_weight=jnp.asarray((1 - previous) * np.sqrt(1 - beta) / (1 - alpha_bar), jnp.float32),
-    )
 
 
 def step_std(settings: Any, *, explore: bool) -> Array:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,7 +75,7 @@ def _in_batches(apply, items: Sequence, lengths: Sequence[int], rng: Array, batc
         multiple = _SHORT if longest <= _LONG else _LONG
         length = -(-longest // multiple) * multiple
         rows = indices + indices[-1:] * (batch_size - len(indices))  # a full batch, so that one program serves all
-        batch = jax.tree.map(lambda *x: np.stack(x), *[_pad(items[i], length) for i in rows])
+        batch = jax.tree.map(lambda *x: np.stack(x), *[pad(items[i], length) for i in rows])
         results = jax.device_get(apply(batch, jax.random.fold_in(rng, first)))
         for row, index in enumerate(indices):
             found[index] = jax.tree.map(lambda x, row=row, steps=lengths[index]: x[row, :steps], results)
@@ -103,7 +104,7 @@ def _imaginer(model: WorldModel):
     return imagine
 
 
-def _pad(item, length: int):
+def pad(item: Any, length: int) -> Any:
     """Repeats the last step up to `length`; what a model makes of the padding is cut off again."""
     return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), item)
 

@@ -55,7 +55,7 @@ _CENTIMETRES = 100.0
 
 
 def state_targets(observation: Observation) -> np.ndarray:
-    """The columns that STATE names, float64 [..., 18], lengths in cm."""
+    """The columns that STATE names, float64 [..., 19], lengths in cm."""
     robot, scene = (np.asarray(x, np.float64) for x in (observation.robot_obs, observation.scene_obs))
     blocks = [_CENTIMETRES * scene[..., i : i + 3] for i in range(specs.BLOCKS, specs.SCENE_OBS_DIM, 6)]
     lengths = [_CENTIMETRES * x for x in (robot[..., :3], robot[..., 6:7], scene[..., : specs.LIGHTBULB])]

@@ -5,6 +5,7 @@ rerun keeps those and writes the missing ones. The metadata comes last: a direct
 complete dataset. Checksums stand in a file that `sha256sum --check SHA256SUMS` reads as well.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,7 @@ def write_shard(
 
     Args:
       directory: made by `start_dataset`.
-      spec: the same for all
+      spec: the same for all shards of a dataset.
       split: "train" or "validation".
       index: of this shard.
       num_shards: of this split.
@@ -161,7 +162,7 @@ def finish_dataset(
     """Writes the checksums of the shards and the metadata that make them a dataset; the last step.
 
     Args:
-      directory: holds all
+      directory: holds all shards.
       spec: as given to `write_shard`.
       lengths: for each split and shard the steps of each episode, as returned by `write_shard`.
       description: shown by TFDS.
@@ -245,9 +246,20 @@ def _write_bytes(path: Path, records: Iterable[bytes]) -> None:
     writer = ArrayRecordWriter(str(path), "group_size:1")  # one record a group: random access reads nothing else
     try:
         for record in records:
-            writer.write(record)
+            with _named(path):
+                writer.write(record)
     finally:
-        writer.close()
+        with _named(path):
+            writer.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what ArrayRecord raises, of a full disk for instance, into an error of the system with the file's name."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written ({error}); is the disk full? Free space and run again") from error
 
 
 def _lengths_in_shard(path: Path, spec: rlds.DatasetSpec) -> list[int]:

@@ -5,7 +5,8 @@ classification MLP on the embedding with cross-entropy; the two losses are summe
 
 Keys of `settings` (the paper's values where it gives them):
     embedding_dims (512, 512), classification_dims (512, 512), temperature 0.1
-    learning_rate 3e-4, weight_decay 1e-4, resample_latent True, batch_size 256 (per device; only `update_from_bank`)
+    learning_rate 3e-4, weight_decay 1e-4, batch_size 256 (per device; only `update_from_bank`)
+    resample_latent True, soft_feature False (the policy's)
     threshold 0.5, of a success (`reward_rules` counts them)
 """
 

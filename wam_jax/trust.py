@@ -63,7 +63,7 @@ def judge(
         start, later = (
             jax.tree.map(lambda *x: np.stack(x), *part)
             for part in zip(
-                *[(latents.latent_at(encoded[i], 0), _pad(imagined[i], longest)) for i in rows], strict=True
+                *[(latents.latent_at(encoded[i], 0), latents.pad(imagined[i], longest)) for i in rows], strict=True
             )
         )
         fired = np.asarray(rule(reward_params, start, later))  # [T, B]
@@ -142,8 +142,4 @@ def _hold_still(latent: LatentState, episode: StepBatch) -> tuple[LatentState, S
     still = np.zeros((HOLD, specs.ACTION_DIM), np.float32)
     still[:, -1] = episode.action[-1, -1]
     action = np.concatenate([episode.action, still])
-    return _pad(latent, length), _pad(episode, length).replace(action=action)
-
-
-def _pad(steps: Any, length: int) -> Any:
-    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], length - len(x), axis=0)]), steps)
+    return latents.pad(latent, length), latents.pad(episode, length).replace(action=action)

@@ -39,7 +39,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "validation_episodes": 8,
             "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
             "demonstrations_per_task": 50,  # WAM, DiWA; of a dataset that holds more, the first
-            "pictures": "drawn",  # CALVIN's simulator: see below; a policy must see what it was trained on
+            "pictures": "drawn",  # CALVIN's simulator: see PICTURES; a policy must see what it was trained on
             "cache": "memory",  # frames "memory": decoded once; "mmap": once for all runs, on disk; "device"; "none"
         }
     )

@@ -1,6 +1,6 @@
 """Observation encoders: two cameras and proprioception -> one embedding.
 
-`ConvEncoder` is LUMOS' (facts: 48-96-192-384 channels, kernel 4, stride 2, no padding, ELU). `PatchEncoder` has the
+`ConvCamera` is LUMOS' (facts: 48-96-192-384 channels, kernel 4, stride 2, no padding, ELU). `PatchCamera` has the
 same contract and no convolution: 8x8 patches through one shared linear layer, far cheaper on a CPU, which is why the
 quickstart uses it.
 """

@@ -296,7 +296,7 @@ def _push_block(blocks: Array, body: Array, normal: Array, depth: Array) -> tupl
     return blocks.at[:, :2].set(moved), jnp.maximum(depth - freed, 0.0)
 
 
-def _wrap(angle: Array) -> Array:
+def wrap(angle: Array) -> Array:
     """The same angle within -pi .. pi."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
@@ -305,12 +305,12 @@ def robot_obs(state: State) -> Array:
     """Proprioception in CALVIN's layout: float32 [15], see `types.Observation`."""
     pose = jnp.concatenate([state.position, state.euler])
     arm = jnp.clip(_INITIAL_JOINTS + _JOINT_SLOPES @ (pose - _INITIAL_POSE), _JOINT_LOW, _JOINT_HIGH)
-    return jnp.concatenate([state.position, _wrap(state.euler), state.opening[None], arm, state.gripper_command[None]])
+    return jnp.concatenate([state.position, wrap(state.euler), state.opening[None], arm, state.gripper_command[None]])
 
 
 def scene_obs(state: State) -> Array:
     """Scene state in CALVIN's layout: float32 [24], see `types.Observation`."""
     x, y, yaw = (state.blocks[:, i] for i in range(3))
-    blocks = jnp.stack([x, y, jnp.full_like(x, geometry.BLOCK_HEIGHT), 0 * x, 0 * x, _wrap(yaw)], axis=-1)
+    blocks = jnp.stack([x, y, jnp.full_like(x, geometry.BLOCK_HEIGHT), 0 * x, 0 * x, wrap(yaw)], axis=-1)
     lights = jnp.stack([state.lightbulb, state.led])
     return jnp.concatenate([state.joints, lights, blocks.reshape(-1)])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wam_jax import specs
-from wam_jax.environments.playtable import draws, geometry
+from wam_jax.environments.playtable import draws, dynamics, geometry
 from wam_jax.environments.playtable.dynamics import State
 from wam_jax.types import Array
 
@@ -116,7 +116,7 @@ def follow(plan: Plan, progress: Progress, state: State) -> tuple[Array, Progres
     at = jnp.minimum(index, plan.length - 1)
     shift = (plan.position[at] - state.target_position) / specs.POSITION_SCALE
     shift = shift * jnp.minimum(1.0, plan.speed[at] / (jnp.max(jnp.abs(shift)) + 1e-6))
-    turn = _wrap(plan.euler[at] - state.target_euler) / specs.EULER_SCALE
+    turn = dynamics.wrap(plan.euler[at] - state.target_euler) / specs.EULER_SCALE
     turn = turn * jnp.minimum(1.0, 1.0 / (jnp.max(jnp.abs(turn)) + 1e-6))
     return jnp.concatenate([shift, turn, plan.gripper[at][None]]), progress
 
@@ -137,15 +137,11 @@ def plan(draw: Array, task: Array, state: State) -> Plan:
     return chosen.replace(euler=euler, speed=jnp.where(chosen.speed > 0, chosen.speed, speed))
 
 
-def _wrap(angle: Array) -> Array:
-    return (angle + np.pi) % (2 * np.pi) - np.pi
-
-
 def _is_reached(plan: Plan, at: Array, state: State) -> Array:
     position, tolerance = plan.position[at], plan.tolerance[at]
     at_target = jnp.max(jnp.abs(position - state.target_position)) < tolerance
     at_hand = 0.8 * jnp.max(jnp.abs(position - state.position)) < tolerance
-    turned = jnp.max(jnp.abs(_wrap(plan.euler[at] - state.target_euler))) < _TURN_TOLERANCE
+    turned = jnp.max(jnp.abs(dynamics.wrap(plan.euler[at] - state.target_euler))) < _TURN_TOLERANCE
     return at_target & (~plan.measured[at] | (at_hand & turned))
 
 

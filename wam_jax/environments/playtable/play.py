@@ -1,6 +1,6 @@
 """Recorded data: play that goes from one attempt to the next without resets, and demonstrations of single tasks.
 
-A world model that never saw a failure imagines none. About half of the attempts in play are therefore disturbed: placed
+A world model that never saw a failure imagines none. Three in five attempts in play are therefore disturbed: placed
 2 to 4.5 cm beside their goal, pushed only part of the way, broken off, or with fingers that close early, late or not
 at all. Between attempts the hand moves freely, also among the fixtures. After a failure play simply goes on.
 """

@@ -201,20 +201,20 @@ def bc_update(config: FrozenConfigDict) -> Program:
     num_updates = _updates_per_call(config.policy, on_cpu=10)
     rows = PolicyBatch(made_up.latents(config, 2048), made_up.uniform((2048, settings.chunk, specs.ACTION_DIM)))
     bank = PolicyBank(rows, np.array(2048, np.int32))
-    state = train_policy.initial_state(config, config.tasks[0])
-    state = diffusion_policy.set_statistics(state, rows.latent, settings=settings)
+    fresh, draws = train_policy.initial_state(config, config.tasks[0]), settings.noise_draws
+    state = diffusion_policy.set_statistics(fresh, rows.latent, settings=settings)
     update = functools.partial(diffusion_policy.update_from_bank, settings=settings)
+    on_each = functools.partial(update, axis_name=parallel.AXIS_NAME)
     return Program(
         name="bc_update",
+        variant=f"{draws} draws" if draws > 1 else "",
         dtype=settings.compute_dtype,
         batch=config.policy.batch_size,
         length=1,
         devices=len(devices),
         items=num_updates * config.policy.batch_size,
         unit="samples",
-        program=parallel.compile_updates(
-            functools.partial(update, axis_name=parallel.AXIS_NAME), devices, num_updates=num_updates
-        ),
+        program=parallel.compile_updates(on_each, devices, num_updates=num_updates),
         arguments=(parallel.replicate(state, devices), parallel.replicate(bank, devices), 0, 0),
         carried=True,
         flops=len(devices) * num_updates * _count(update, state, bank, jax.random.key(0)),

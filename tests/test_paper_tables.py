@@ -249,6 +249,8 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/wam_2", "differences", (".",)),
         ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
+        ("playtable_transfer/gaussian_2", "differences", (".",)),
+        ("playtable_transfer/online_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_3", "differences", (".",)),
         *(("playtable_transfer/three_seeds", table, THREE_SEEDS) for table in ("differences", "bc", "ppo")),
@@ -265,6 +267,8 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     ("file", "runs", "against"),
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
+        ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
+        ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         ("noise_draws/wam.md", ("noise_draws/wam_2", "noise_draws/wam_3"), ("wam_2", "wam_3")),
         (
             "noise_draws/dreamer_v2.md",

@@ -249,6 +249,7 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/wam_2", "differences", (".",)),
         ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
+        ("playtable_transfer/disagreement_2", "differences", (".",)),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),

@@ -121,26 +121,7 @@ def _check_agreement(config: ConfigDict) -> None:
             f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
             f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
         )
-    draws, batch_size = config.policy.noise_draws, config.policy.batch_size
-    per_device = batch_size // parallel.device_count(config.num_devices)
-    if per_device % draws:
-        raise ValueError(
-            f"config.policy.noise_draws={draws} does not divide the {per_device} noised chunks of a batch on a device "
-            f"(config.policy.batch_size={batch_size}); take a divisor, e.g. {math.gcd(draws, per_device)}"
-        )
-    if config.policy.ema_decay == 1:
-        raise ValueError(
-            "config.policy.ema_decay=1.0 keeps the network as it was drawn for ever; take less, e.g. 0.995"
-        )
-    if config.ppo.critic_warmup >= config.ppo.num_iterations:
-        raise ValueError(
-            f"config.ppo.critic_warmup={config.ppo.critic_warmup} leaves the actor none of num_iterations="
-            f"{config.ppo.num_iterations}; take fewer, or more iterations"
-        )
-    if config.policy.kind == "gaussian" and draws > 1:
-        raise ValueError(f"config.policy.noise_draws={draws}, but a Gaussian policy is cloned without noise; take 1")
-    if config.policy.time_dim % 2:
-        raise ValueError(f"config.policy.time_dim={config.policy.time_dim} is odd: half are sines, half cosines")
+    _check_policy(config)
     decisions = config.ppo.num_rollouts * max_steps // chunk
     if config.ppo.batch_size < decisions:  # more means all of them, on any number of devices
         num_devices = parallel.device_count(config.num_devices)
@@ -172,6 +153,25 @@ def _check_agreement(config: ConfigDict) -> None:
         )
 
 
+def _check_policy(config: ConfigDict) -> None:
+    """Checks how the policy is cloned."""
+    draws, batch_size = config.policy.noise_draws, config.policy.batch_size
+    per_device = batch_size // parallel.device_count(config.num_devices)
+    if per_device % draws:
+        raise ValueError(
+            f"config.policy.noise_draws={draws} does not divide the {per_device} noised chunks of a batch on a device "
+            f"(config.policy.batch_size={batch_size}); take a divisor, e.g. {math.gcd(draws, per_device)}"
+        )
+    if config.policy.kind == "gaussian" and draws > 1:
+        raise ValueError(f"config.policy.noise_draws={draws}, but a Gaussian policy is cloned without noise; take 1")
+    if config.policy.ema_decay == 1:
+        raise ValueError(
+            "config.policy.ema_decay=1.0 keeps the network as it was drawn for ever; take less, e.g. 0.995"
+        )
+    if config.policy.time_dim % 2:
+        raise ValueError(f"config.policy.time_dim={config.policy.time_dim} is odd: half are sines, half cosines")
+
+
 def _check_rollouts(settings: ConfigDict) -> None:
     """Checks where PPO's rollouts come from and that its policy can move."""
     for key, choices in (("rollouts", ("imagination", "environment")), ("starts", ("demonstrations", "play", "both"))):
@@ -179,6 +179,11 @@ def _check_rollouts(settings: ConfigDict) -> None:
             raise ValueError(f"config.ppo.{key}={settings[key]!r}; expected one of {', '.join(choices)}")
     if settings.ema_decay == 1:
         raise ValueError("config.ppo.ema_decay=1.0 keeps the cloned policy for ever; expected less, e.g. 0.9")
+    if settings.critic_warmup >= settings.num_iterations:
+        raise ValueError(
+            f"config.ppo.critic_warmup={settings.critic_warmup} leaves the actor none of num_iterations="
+            f"{settings.num_iterations}; take fewer, or more iterations"
+        )
     if settings.min_start_step > settings.max_start_step:
         raise ValueError(
             f"config.ppo.min_start_step={settings.min_start_step} exceeds max_start_step={settings.max_start_step}"

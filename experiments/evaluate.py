@@ -67,11 +67,12 @@ def run(config, workdir: str, stage: str, save_videos: int = 0) -> list[tables.R
 
 
 def write_table(workdir: str) -> list[tables.Row]:
-    """Gathers all stages' rows into table.json and table.md."""
+    """Gathers all stages' rows into table.json and table.md, where there are any."""
     paths = [os.path.join(workdir, "evaluation", f"{stage}.json") for stage in tables.STAGES]
     rows = [row for path in paths if os.path.exists(path) for row in tables.load(path)]
-    tables.save(os.path.join(workdir, "table.json"), rows)
-    json_files.write_text(os.path.join(workdir, "table.md"), tables.markdown(rows))
+    if rows:
+        tables.save(os.path.join(workdir, "table.json"), rows)
+        json_files.write_text(os.path.join(workdir, "table.md"), tables.markdown(rows))
     return rows
 
 

@@ -36,8 +36,7 @@ def main(argv) -> None:
         for workdir in workdirs:
             name = os.path.basename(os.path.normpath(workdir))
             rows = metrics.read(workdir, f"ppo/{task}")
-            outside = any("environment_success" in row for row in rows)  # with ppo.rollouts=environment
-            _line(axis, rows, "environment_success" if outside else "imagined_success", name)
+            _line(axis, rows, success(rows), name)
         axis.set(
             title=f"PPO: {task.replace('_', ' ')}",
             xlabel="iteration",
@@ -49,6 +48,11 @@ def main(argv) -> None:
     figure.savefig(path + ".tmp", format="png", dpi=90)
     os.replace(path + ".tmp", path)
     print(f"written to {path}")
+
+
+def success(rows: list[dict]) -> str:
+    """The name of what PPO's rollouts are counted as: with ppo.rollouts=environment the oracle's, else imagined."""
+    return "environment_success" if any("environment_success" in row for row in rows) else "imagined_success"
 
 
 def _line(axis, rows: list[dict], name: str, label: str) -> None:

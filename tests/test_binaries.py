@@ -247,6 +247,12 @@ def test_plot_curves_draws_the_runs(chain, tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
 
 
+@pytest.mark.parametrize("name", ["environment_success", "imagined_success"])
+def test_plot_curves_shows_where_ppos_rollouts_succeeded(name):
+    probe = f"from experiments import plot_curves; print(plot_curves.success([{{'step': 1, '{name}': 0.5}}]))"
+    assert helpers.run_python("-c", probe).stdout.strip() == name
+
+
 def test_plot_curves_names_a_run_without_a_world_model(tmp_path):
     done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path}")
     assert done.returncode != 0

@@ -307,6 +307,7 @@ def test_reproduce_stops_after_the_stage_that_until_names(tmp_path, monkeypatch,
     assert f"[{number}/{number}] {until}" in capsys.readouterr().out
     with open(tmp_path / "stages.json") as file:
         assert list(json.load(file)["seconds"]) == done
+    assert not (tmp_path / "table.json").exists()  # nothing was evaluated
 
 
 # --- As a user meets it ---

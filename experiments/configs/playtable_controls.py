@@ -1,7 +1,8 @@
-"""Does inverse dynamics make latents better for control? The papers' form, briefly trained, one change a run.
+"""Does inverse dynamics make latents better for control? Short trainings, one change a run.
 
 Command: python -m experiments.reproduce --config=experiments/configs/playtable_controls.py --workdir=runs/controls \
-    --until=evaluate_bc [--config.world_model.action_weight=100 ...]
+    --until=evaluate_bc --config.seed=1 --config.dataset.play=runs/transfer_0/data/playtable_play \
+    [--config.world_model.action_weight=100 ...]
 and :dreamer_v2 for no inverse dynamics at all. The arms, their commands and scores: docs/results/playtable_controls/.
 `playtable_transfer.py` without what may do the work of inverse dynamics there: no proprioception is decoded, and the
 robot's state is not carried along. A quarter of its updates, so that many arms fit into an afternoon.

@@ -271,6 +271,12 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         ("noise_draws/wam.md", ("noise_draws/wam_2", "noise_draws/wam_3"), ("wam_2", "wam_3")),
+        ("noise_draws/eight_wam.md", ("noise_draws/eight_wam_2", "noise_draws/eight_wam_3"), ("wam_2", "wam_3")),
+        (
+            "noise_draws/eight_dreamer_v2.md",
+            ("noise_draws/eight_dreamer_v2_2", "noise_draws/eight_dreamer_v2_3"),
+            ("dreamer_v2_2", "dreamer_v2_3"),
+        ),
         (
             "noise_draws/dreamer_v2.md",
             ("noise_draws/dreamer_v2_2", "noise_draws/dreamer_v2_3"),

@@ -270,6 +270,11 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
+        (
+            "playtable_controls/against_dreamer_v2.md",
+            ("playtable_controls/wam", "playtable_controls/wam_2"),
+            ("playtable_controls/dreamer_v2", "playtable_controls/dreamer_v2_2"),
+        ),
         ("noise_draws/wam.md", ("noise_draws/wam_2", "noise_draws/wam_3"), ("wam_2", "wam_3")),
         ("noise_draws/eight_wam.md", ("noise_draws/eight_wam_2", "noise_draws/eight_wam_3"), ("wam_2", "wam_3")),
         (
@@ -287,7 +292,7 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
 def test_the_published_differences_of_two_configs_are_those_of_the_command(monkeypatch, file, runs, against):
     monkeypatch.chdir(helpers.ROOT)  # the table names the runs as the command did
     first = [f"docs/results/{run}" for run in runs]
-    second = [f"docs/results/playtable_transfer/{run}" for run in against]
+    second = [f"docs/results/{run if '/' in run else f'playtable_transfer/{run}'}" for run in against]
     text = print_table.build("differences", first, against=second)[0]
     assert Path(f"docs/results/{file}").read_text() == text
 

@@ -175,13 +175,14 @@ def loss(params: Params, batch: PolicyBatch, rng: Array, *, settings: Any) -> tu
     latent = batch.latent
     if settings.resample_latent:
         latent = latent.replace(stochastic=categorical.sample_one_hot(latent.logits, latent_rng))
-    noise = jax.random.normal(noise_rng, (settings.noise_draws, *batch.action.shape))
-    step = jax.random.randint(step_rng, noise.shape[:2], 0, settings.denoising_steps)
-    alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][..., None, None]
-    noisy_chunk = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1 - alpha_bar) * noise
+    action = jnp.tile(batch.action, (settings.noise_draws, 1, 1))
+    step = jax.random.randint(step_rng, action.shape[:1], 0, settings.denoising_steps)
+    noise = jax.random.normal(noise_rng, action.shape)
+    alpha_bar = cosine_schedule(settings.denoising_steps).alpha_bar[step][:, None, None]
+    noisy_chunk = jnp.sqrt(alpha_bar) * action + jnp.sqrt(1 - alpha_bar) * noise
     state = features(latent, settings=settings)
     predicted = network(settings).apply(params, noisy_chunk, step, state, method="denoise")
-    error = jnp.mean(jnp.square(predicted - (batch.action if settings.kind == "gaussian" else noise)))
+    error = jnp.mean(jnp.square(predicted - (action if settings.kind == "gaussian" else noise)))
     return error, {"bc_loss": error}
 
 

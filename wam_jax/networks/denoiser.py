@@ -165,8 +165,9 @@ class Denoiser(nn.Module):
         return self.output(hidden).astype(jnp.float32).reshape(noisy_chunk.shape)
 
     def denoise(self, noisy_chunk: Array, step: Array, state: Array) -> Array:
-        """All at once; shapes as above, step int [...], state [..., state]: a state may serve several chunks."""
-        return self(noisy_chunk, self.condition(state) + self.time(step))
+        """All at once: chunks [D*B, C, A] and steps int [D*B] of states [B, state], which repeat D times."""
+        repeated = jnp.tile(self.condition(state), (len(step) // len(state), 1))
+        return self(noisy_chunk, repeated + self.time(step))
 
 
 class ChunkMean(nn.Module):

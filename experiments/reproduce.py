@@ -53,7 +53,7 @@ def run(config, workdir: str, source: str = "", until: str = "video") -> None:
     rows = evaluate.write_table(workdir)
     if rows:
         print(f"\n{tables.markdown(rows)}")
-    print(f"written to {workdir}: {', '.join(sorted(os.listdir(workdir)))}")
+    print(f"written to {workdir}: {', '.join(sorted(set(os.listdir(workdir)) - {'.lock'}))}")
 
 
 def collect(config, workdir: str) -> None:

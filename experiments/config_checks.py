@@ -11,10 +11,13 @@ from wam_jax import datasets, environments, input_pipeline, inverse_dynamics, pa
 
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
 _LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2, "keep_checkpoints": 2} | dict.fromkeys(
-    ("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps"), 0
+    ("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps", "num_members"), 0
 )
 _MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number
-_SHARES = ("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount", "min_trust")
+_SHARES = (
+    *("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount", "min_trust"),
+    "disagreement_quantile",
+)
 _POSITIVE = (
     *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
     *("adam_epsilon", "kl_weight", "exploration_std", "evaluation_std", "noise_clip", "reward_clip", "clip_rate"),
@@ -38,15 +41,18 @@ def check(config: ConfigDict) -> None:
     _check_ranges(config_values.flat(config.to_dict(), "config."))
     specs.task_index(config.evaluation.video_task)
     num_devices = parallel.device_count(config.num_devices)
-    for stage, key in (("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")):
+    shared = [("world_model", "batch_size"), ("policy", "batch_size"), ("ppo", "num_rollouts")]
+    if config.prior_ensemble.num_members:
+        shared.append(("prior_ensemble", "batch_size"))
+    for stage, key in shared:
         parallel.check_batch_size(config[stage][key], num_devices, name=f"config.{stage}.{key}")
     if config.reward.batch_size % (2 * num_devices):
         raise ValueError(
             f"config.reward.batch_size={config.reward.batch_size} must be even on each of {num_devices} devices: half "
             f"of a batch are successes; take a multiple of {2 * num_devices}"
         )
-    lengths = {"world_model": "num_steps", "policy": "num_steps", "reward": "num_steps", "ppo": "num_iterations"}
-    for stage, key in lengths.items():
+    trained = ("world_model", "prior_ensemble", "policy", "reward")
+    for stage, key in [*((stage, "num_steps") for stage in trained), ("ppo", "num_iterations")]:
         steps, call = config[stage][key], config[stage].updates_per_call
         if steps % call:
             raise ValueError(
@@ -121,6 +127,7 @@ def _check_agreement(config: ConfigDict) -> None:
             f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
             f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
         )
+    _check_ensemble(config)
     _check_policy(config)
     decisions = config.ppo.num_rollouts * max_steps // chunk
     if config.ppo.batch_size < decisions:  # more means all of them, on any number of devices
@@ -150,6 +157,26 @@ def _check_agreement(config: ConfigDict) -> None:
         raise ValueError(
             "config.world_model.soft_prior=True needs config.policy.soft_feature=True: a policy that was cloned on "
             "samples of z would meet probabilities in imagination"
+        )
+
+
+def _check_ensemble(config: ConfigDict) -> None:
+    """Checks that the reward has the ensemble that it asks for."""
+    quantile, members = config.reward.disagreement_quantile, config.prior_ensemble.num_members
+    if quantile and members < 2:
+        raise ValueError(
+            f"config.reward.disagreement_quantile={quantile} asks for priors that may disagree, and config."
+            f"prior_ensemble.num_members={members}; take 2 or more, e.g. 5"
+        )
+    if quantile and config.reward.kind != "classifier":
+        raise ValueError(
+            f"config.reward.disagreement_quantile={quantile} limits the classifier's reward, and config.reward.kind="
+            f"{config.reward.kind!r}; take reward.kind=classifier, or a quantile of 0"
+        )
+    if members and not quantile and not config.prior_ensemble.imagine:
+        raise ValueError(
+            f"config.prior_ensemble.num_members={members} would be trained for nothing: imagine=False and config."
+            "reward.disagreement_quantile=0; change one of them, or take no members"
         )
 
 

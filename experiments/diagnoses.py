@@ -20,7 +20,7 @@ from experiments import (
     train_reward,
     train_world_model,
 )
-from wam_jax import calibration, datasets, evaluation, open_loop, probes, replay, trust, world_model
+from wam_jax import calibration, datasets, evaluation, open_loop, probes, replay, trust
 from wam_jax.calibration import Point
 from wam_jax.diffusion_policy import PolicyParams
 from wam_jax.evaluation import LatentPolicy
@@ -348,8 +348,8 @@ def _imagine_windows(config, workdir: str, options: Options, context: int, soft:
     length, first = _window_length(options), max(options.contexts) - 1
     fitted, _ = _probes(config, workdir, length, options.train_windows)
     windows = _validation(config, workdir, length, options.num_windows)
-    _, params = train_world_model.load(config, workdir)
-    model = world_model.build(launch.stage_settings(config.world_model, soft_prior=soft))
+    model, params = train_world_model.load(config, workdir)
+    model = dataclasses.replace(model, settings=launch.stage_settings(config.world_model, soft_prior=soft))
     features = open_loop.imagined(
         model, params, windows, jax.random.key(_start_seed(config, options)),
         settings=train_policy.policy_settings(config), first=first, context=context, horizon=max(options.horizons),

@@ -1,15 +1,21 @@
-"""Inputs of the benchmark's workloads: noise of the right shapes, and a dataset of random pictures."""
+"""Inputs of the benchmark's workloads: noise of the right shapes, untrained networks, a dataset of random pictures."""
 
 import atexit
+import dataclasses
 import functools
 import tempfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from wam_jax import rlds, shards, specs
-from wam_jax.types import LatentState, Observation, StepBatch
+from experiments import train_reward, train_world_model
+from experiments.config_values import changed
+from wam_jax import prior_ensemble, reward_rules, rlds, shards, specs
+from wam_jax import world_model as world_model_lib
+from wam_jax.types import LatentState, Observation, Params, StepBatch
+from wam_jax.world_model import WorldModel
 
 NUM_EPISODES, EPISODE_STEPS = 16, 200  # of the dataset
 
@@ -67,3 +73,39 @@ def latents(config: FrozenConfigDict, count: int) -> LatentState:
     stochastic = (logits == logits.max(-1, keepdims=True)).astype(np.float32)
     robot = uniform((count, specs.PROPRIOCEPTION_DIM)) if settings.robot_state else None
     return LatentState(deterministic, logits, stochastic, robot)
+
+
+def world_model(config: FrozenConfigDict) -> tuple[WorldModel, Params]:
+    """A world model before training."""
+    alike = changed(config, "world_model", compute_dtype="float32", batch_size=1, window_length=1)  # to its parameters
+    return world_model_lib.build(config.world_model), _world_model_params(alike.world_model)
+
+
+@functools.lru_cache(maxsize=2)  # a program of its own, as slow to compile on a GPU as some of the workloads
+def _world_model_params(settings: FrozenConfigDict) -> Params:
+    return jax.jit(functools.partial(world_model_lib.init, world_model_lib.build(settings)))(jax.random.key(0))
+
+
+def frozen_world_model(config: FrozenConfigDict) -> tuple[WorldModel, Params]:
+    """The same as later stages load it: with the ensemble that it imagines with, where the config has one."""
+    model, params = world_model(config)
+    if not (config.prior_ensemble.num_members and config.prior_ensemble.imagine):
+        return model, params
+    ensemble, ensemble_params = _ensemble(config)
+    return dataclasses.replace(model, prior_ensemble=ensemble), {**params, "prior_ensemble": ensemble_params}
+
+
+def _ensemble(config: FrozenConfigDict) -> tuple[prior_ensemble.PriorEnsemble, Params]:
+    ensemble = train_world_model.build_ensemble(config)
+    return ensemble, jax.jit(functools.partial(prior_ensemble.init, ensemble))(jax.random.key(0)).params
+
+
+def reward_params(config: FrozenConfigDict, world_model_params: Params) -> Params:
+    """What the reward rule of the config's first task reads, of untrained networks."""
+    task = config.tasks[0]
+    if config.reward.kind == "scene":
+        return reward_rules.scene_params(world_model_params, task)
+    classifier = train_reward.initial_state(config, task).params
+    if not config.reward.disagreement_quantile:
+        return classifier
+    return {"verdict": classifier, "ensemble": _ensemble(config)[1], "max_disagreement": np.float32(1.0)}

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from experiments import config_checks, finetune_policy, train_policy, train_reward
-from wam_jax import cli, tables, world_model
+from experiments import config_checks, finetune_policy, train_policy, train_reward, train_world_model
+from wam_jax import cli, prior_ensemble, tables, world_model
 
 PAPER = {  # by part: what the paper states, and parameters of the public PyTorch code that it builds on
     "encoder": ("embedding 1,554 = 1,536 of two cameras + 18 of proprioception", "7,825,824 (LUMOS)"),
@@ -24,11 +24,13 @@ PAPER = {  # by part: what the paper states, and parameters of the public PyTorc
     "inverse_dynamics": ("WAM only: three layers, [e; e'] -> 7; widths not given", ""),
     "proprioception_decoder": ("none", ""),
     "scene_decoder": ("none", ""),
+    "prior_ensemble": ("none", ""),
     "policy": ("DiffusionMLP, 20 denoising steps, chunk of 4", "1,612,364 (DPPO)"),
     "critic": ("", "656,385 (DPPO)"),
     "classifier": ("", ""),
 }
 WORLD_MODEL_PARTS = ("encoder", "rssm", "decoder", "inverse_dynamics", "proprioception_decoder", "scene_decoder")
+ALWAYS_LISTED = PAPER.keys() - {"prior_ensemble"}  # the others where a config has them
 NOTE = (
     "Policy, critic and classifier are one task's. The paper states sizes and no parameter counts, so a count stands "
     "beside it where the public code it builds on was counted."
@@ -74,6 +76,9 @@ def count_parameters(config: FrozenConfigDict) -> dict[str, int]:
         }
         if config.reward.kind == "classifier":
             others["classifier"] = train_reward.initial_state(config, task).params
+        if config.prior_ensemble.num_members:
+            ensemble = train_world_model.build_ensemble(config)
+            others["prior_ensemble"] = prior_ensemble.init(ensemble, rng).params
         return world_model.init(world_model.build(config.world_model), rng) | others
 
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -90,6 +95,8 @@ def markdown(configs: Mapping[str, FrozenConfigDict]) -> str:
     for name, describe in _SIZES.items():
         lines.append(tables.line(name, [*(describe(config) for config in configs.values()), "", ""]))
     for part, (paper, counted) in PAPER.items():
+        if part not in ALWAYS_LISTED and not any(part in found for found in counts.values()):
+            continue
         cells = [f"{found[part]:,}" if part in found else "-" for found in counts.values()]
         lines.append(tables.line(part.replace("_", " "), [*cells, paper, counted]))
     totals = [sum(found.get(part, 0) for part in WORLD_MODEL_PARTS) for found in counts.values()]

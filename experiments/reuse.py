@@ -15,8 +15,9 @@ _PARTS = {
     "demonstrations": ("environment", "seed", "dataset.demonstrations", "dataset.demonstrations_per_task")
     + ("dataset.pictures",),
     "world_model": ("play", "method", "world_model."),
+    "prior_ensemble": ("world_model", "prior_ensemble."),
     "policy": ("world_model", "demonstrations", "policy."),
-    "reward": ("world_model", "demonstrations", "policy.soft_feature", "reward."),
+    "reward": ("prior_ensemble", "demonstrations", "policy.soft_feature", "reward."),
     "ppo": ("policy", "reward", "ppo.", "evaluation.max_steps"),
     "evaluation": ("policy", "reward", "evaluation.", "ppo.resample_latent"),  # of the cloned policies
 }
@@ -79,8 +80,9 @@ def _names(part: str, config, source: str) -> Iterator[str]:
         "play": [f"data/{config.environment}_play"],
         "demonstrations": [f"data/{config.environment}_demonstrations"],
         "world_model": ["world_model"],
+        "prior_ensemble": ["prior_ensemble"],
         "policy": [f"policy/{task}" for task in config.tasks],
-        "reward": [*(f"reward/{task}" for task in config.tasks), "reward/quality.json"],
+        "reward": [*(f"reward/{task}" for task in config.tasks), "reward/quality.json", "reward/disagreement.json"],
         "ppo": [*(f"ppo/{task}" for task in config.tasks), "ppo/trust.json"],
         "evaluation": ["evaluation/bc.json", "evaluation/bc.episodes.json"],
     }[part]

@@ -1,5 +1,7 @@
 """Trains the success classifier of each task on latents: it is the reward of PPO in imagination.
 
+With `reward.disagreement_quantile` it also finds how much the ensemble may disagree on a frame that counts.
+
 python -m experiments.train_reward --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 """
 
@@ -16,6 +18,7 @@ from wam_jax import (
     json_files,
     latents,
     parallel,
+    prior_ensemble,
     raw_cache,
     reward_rules,
     specs,
@@ -23,6 +26,7 @@ from wam_jax import (
     training,
     world_model,
 )
+from wam_jax.networks import rssm
 from wam_jax.types import LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
@@ -31,10 +35,16 @@ _IMAGINED = 1  # tells the key of imagination from those of the filter
 
 
 def run(config, workdir: str) -> None:
-    """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play."""
+    """Trains the classifier of every task to `reward.num_steps`, and measures it on held-out play; then the limits."""
     if config.reward.kind == "scene":
         print("reward.kind='scene': the rule reads what the world model decodes; there is nothing to train")
         return
+    _train(config, workdir)
+    if config.reward.disagreement_quantile:
+        _limit_disagreement(config, workdir)
+
+
+def _train(config, workdir: str) -> None:
     settings = reward_settings(config)
     quality = read_quality(workdir)
     tasks = [
@@ -125,6 +135,47 @@ def imagine_attempts(
     return latents.imagine_episodes(model, params, encoded, episodes, rng)
 
 
+def _limit_disagreement(config, workdir: str) -> None:
+    """Writes `reward/disagreement.json`: for each task the ensemble's disagreement below which a frame may count."""
+    limits = read_limits(workdir)
+    missing = [task for task in config.tasks if task not in limits]
+    play = encode_attempts(config, workdir, "train", missing) if missing else {}
+    for task in missing:
+        limits[task] = _max_disagreement(config, workdir, task, *play[task])
+        if parallel.is_first_process():
+            json_files.write(_limits_path(workdir), limits)
+
+
+def _max_disagreement(config, workdir: str, task: str, encoded: list[LatentState], episodes: list[StepBatch]) -> float:
+    """The quantile of the disagreement over the successes of some attempts that imagination, too, shows as such.
+
+    Raises:
+      ValueError: it shows none.
+    """
+    shown = _shown_successes(config, workdir, task, encoded, episodes)
+    if not len(shown):
+        raise ValueError(
+            f"{task}: imagination shows no success that play holds, so nothing says how much the ensemble may "
+            "disagree; take --config.reward.disagreement_quantile=0, or leave the task out"
+        )
+    ensemble, params = train_world_model.load_ensemble(config, workdir)
+    found = prior_ensemble.disagreement(prior_ensemble.log_probabilities(ensemble, params, shown))
+    return float(np.quantile(np.asarray(found), config.reward.disagreement_quantile))
+
+
+def _shown_successes(
+    config, workdir: str, task: str, encoded: list[LatentState], episodes: list[StepBatch]
+) -> np.ndarray:
+    """Imagined h [N, D] of the frames that the oracle finds solved, as they were recorded, and the classifier, too."""
+    if not episodes:
+        return np.zeros((0, config.world_model.deterministic_dim), np.float32)
+    rows = latents.classifier_bank(*imagine_attempts(config, workdir, task, encoded, episodes))
+    settings, params = reward_settings(config), _load_classifier(config, workdir, task)
+    feature = rssm.feature(rows.latent, soft=settings.soft_feature)
+    positive = reward_rules.by_classifier(params, feature, feature, settings=settings)
+    return np.asarray(rows.latent.deterministic)[np.asarray(positive) & (rows.label == 1)]
+
+
 def _quality(params: Params, bank, held_out, settings) -> dict:
     """Frame-wise precision and recall, on the training rows, imagined ones among them, and on real held-out play."""
     measured = {"train": success_classifier.evaluate(params, bank, settings=settings)}
@@ -145,19 +196,55 @@ def write_quality(workdir: str, quality: dict) -> None:
     json_files.write(os.path.join(workdir, "reward", "quality.json"), quality)
 
 
+def read_limits(workdir: str) -> dict[str, float]:
+    """Of each task the largest disagreement of the ensemble, in nats, on a frame that counts; {} where none is set."""
+    path = _limits_path(workdir)
+    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+
+
+def _limits_path(workdir: str) -> str:
+    return os.path.join(workdir, "reward", "disagreement.json")
+
+
 def rule(config, model: WorldModel) -> dict:
     """The reward rule's verdict and the number of frames in a row, as reward_rules.py asks for them."""
     if config.reward.kind == "scene":
         verdict = functools.partial(reward_rules.by_scene, decoder=model.scene_decoder)
     else:
         verdict = functools.partial(reward_rules.by_classifier, settings=reward_settings(config))
+    if config.reward.disagreement_quantile:
+        ensemble = train_world_model.build_ensemble(config)
+        verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=verdict, ensemble=ensemble)
     return {"verdict": verdict, "consecutive": config.reward.consecutive}
 
 
 def load(config, workdir: str, task: str) -> Params:
-    """What the reward rule of a task reads: the success classifier, or the world model's decoder of scene states."""
+    """What the reward rule of a task reads: the success classifier, or the world model's decoder of scene states.
+
+    With `reward.disagreement_quantile` the ensemble and the task's limit, too.
+
+    Raises:
+      ValueError: one of them is missing.
+    """
     if config.reward.kind == "scene":
         return reward_rules.scene_params(train_world_model.load(config, workdir)[1], task)
+    params = _load_classifier(config, workdir, task)
+    if not config.reward.disagreement_quantile:
+        return params
+    limits = read_limits(workdir)
+    if task not in limits:
+        raise ValueError(
+            f"{_limits_path(workdir)} has no limit for {task}; run experiments.train_reward with this config and "
+            "workdir first"
+        )
+    return {
+        "verdict": params,
+        "ensemble": train_world_model.load_ensemble(config, workdir)[1],
+        "max_disagreement": np.float32(limits[task]),
+    }
+
+
+def _load_classifier(config, workdir: str, task: str) -> Params:
     template = jax.eval_shape(functools.partial(initial_state, config, task))
     return training.load_finished(
         template, stage=stage(task), workdir=workdir, settings=reward_settings(config).to_dict(),

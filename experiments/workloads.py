@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from experiments import finetune_policy, made_up, train_policy, train_reward
+from experiments import finetune_policy, made_up, train_policy
 from experiments.config_values import changed
 from experiments.configs import quickstart
 from wam_jax import diffusion_policy, flops, input_pipeline, parallel, ppo, specs, world_model, world_model_training
@@ -20,7 +20,6 @@ from wam_jax.environments.playtable import dynamics, environment, starts
 from wam_jax.imagination import ImaginationInputs
 from wam_jax.input_pipeline import Batches
 from wam_jax.networks import plain
-from wam_jax.reward_rules import scene_params
 from wam_jax.types import StepBatch
 
 WINDOWS = ((4, 50), (10, 50), (50, 50))  # windows and steps of a world-model update
@@ -116,7 +115,7 @@ def training(config: FrozenConfigDict, name: str, cache: str) -> FedProgram:
 def dispatch(config: FrozenConfigDict) -> Program:
     """What a call costs beside its updates: one that only counts, with the whole state of the world model."""
     devices = parallel.local_devices(config.num_devices)
-    state = world_model_training.first_state(_world_model(config)[1], config.world_model)
+    state = world_model_training.first_state(made_up.world_model(config)[1], config.world_model)
 
     def count(state, batch, rng):
         return state.replace(step=state.step + 1), {"loss": batch}
@@ -140,7 +139,7 @@ def _world_model_updates(
 ) -> dict[str, Any]:
     """What workloads of the world model's updates have in common: most fields of a Program."""
     settings, devices = config.world_model, parallel.local_devices(config.num_devices)
-    model, params = _world_model(config)
+    model, params = made_up.world_model(config)
     state = world_model_training.first_state(params, settings)
     update = functools.partial(world_model_training.update, model=model, axis_name=parallel.AXIS_NAME)
     one = made_up.steps((settings.batch_size // len(devices), settings.window_length))
@@ -173,7 +172,7 @@ def _count(function: Callable, *arguments: Any) -> int:
 
 def imagination(config: FrozenConfigDict) -> Program:
     """The prior alone: open-loop steps from some latents under given actions."""
-    model, params = _world_model(config)
+    model, params = made_up.frozen_world_model(config)
     rng = jax.random.key(0)
     latent = made_up.latents(config, NUM_LATENTS)
     action = made_up.uniform((NUM_LATENTS, IMAGINED_STEPS, specs.ACTION_DIM))
@@ -224,15 +223,11 @@ def bc_update(config: FrozenConfigDict) -> Program:
 def ppo_iteration(config: FrozenConfigDict, *, variant: str = "", num_tasks: int = 1) -> Program:
     """One iteration, as `finetune_policy` makes it: rollouts in imagination and all their updates."""
     devices, settings = parallel.local_devices(config.num_devices), finetune_policy.ppo_settings(config)
-    model, params = _world_model(config)
+    model, params = made_up.frozen_world_model(config)
     base_policy = train_policy.initial_state(config, config.tasks[0]).params
-    if config.reward.kind == "scene":
-        reward_params = scene_params(params, config.tasks[0])
-    else:
-        reward_params = train_reward.initial_state(config, config.tasks[0]).params
     start, num_starts = made_up.latents(config, 64), np.array(64, np.int32)
     frozen = world_model.imagination_params(model, params)
-    inputs = ImaginationInputs(start, num_starts, frozen, reward_params, base_policy)
+    inputs = ImaginationInputs(start, num_starts, frozen, made_up.reward_params(config, params), base_policy)
     state = finetune_policy.initial_state(config, config.tasks[0], base_policy)
     update = functools.partial(
         ppo.iteration,
@@ -275,7 +270,7 @@ def ppo_iteration_of_tasks(config: FrozenConfigDict) -> Program:
 
 def encoder(config: FrozenConfigDict) -> Program:
     """Frames of as many episodes as an evaluation runs at once, embedded and filtered: what a policy waits for."""
-    model, params = _world_model(config)
+    model, params = made_up.world_model(config)
     observation = jax.tree.map(lambda x: x[:, 0], made_up.steps((NUM_FRAMES, 1)).observation)
     arguments = (
         params,
@@ -383,16 +378,6 @@ def _quickstart(config: FrozenConfigDict, devices: int) -> FrozenConfigDict:
     small = quickstart.get_config(config.method)
     small.num_devices = config.num_devices
     return _of_all(FrozenConfigDict(small), devices)
-
-
-def _world_model(config: FrozenConfigDict):
-    alike = changed(config, "world_model", compute_dtype="float32", batch_size=1, window_length=1)  # to its parameters
-    return world_model.build(config.world_model), _world_model_params(alike.world_model)
-
-
-@functools.lru_cache(maxsize=2)  # a program of its own, as slow to compile on a GPU as some of the workloads
-def _world_model_params(settings: FrozenConfigDict):
-    return jax.jit(functools.partial(world_model.init, world_model.build(settings)))(jax.random.key(0))
 
 
 def _tables():

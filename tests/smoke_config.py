@@ -33,6 +33,10 @@ def get_config(method: str = "wam") -> ConfigDict:
         updates_per_call=1,
         save_every=1,
     )
+    config.prior_ensemble.update(
+        num_members=2, hidden_dims=(16,), num_windows=2, window_length=8, batch_size=8, num_steps=2, updates_per_call=1,
+        save_every=1,
+    )  # fmt: skip
     config.policy.update(hidden_dim=16, batch_size=8, warmup_steps=1, num_steps=2, updates_per_call=1, save_every=1)
     config.reward.update(
         embedding_dims=(16, 16), classification_dims=(16,), batch_size=8, num_steps=2, updates_per_call=1, save_every=1

@@ -66,6 +66,7 @@ def test_what_is_not_known_is_named(flag, message):
 def test_workloads_run_call_after_call(label, monkeypatch):
     config = smoke_config.get_config()
     config.world_model.update(kind="conv", encoder_width=2, decoder_width=2, window_length=4)
+    config.reward.disagreement_quantile = 0.5  # so that the ensemble judges, too
     monkeypatch.setattr(workloads, "_quickstart", lambda config, devices: config)
     monkeypatch.setattr(benchmark, "_time", lambda call: (call(), call(), (1.0, 1.0, 1))[-1])
     row = benchmark.measure(workloads.cases(FrozenConfigDict(config))[label](), matmul=1e12)

@@ -16,7 +16,11 @@ from PIL import Image
 from wam_jax import intervals, metrics, specs, tables
 
 CONFIG = smoke_config.get_config()
-STAGES = ["world_model", *(f"{stage}/{task}" for stage in ("policy", "reward", "ppo") for task in CONFIG.tasks)]
+STAGES = [
+    "world_model",
+    "prior_ensemble",
+    *(f"{stage}/{task}" for stage in ("policy", "reward", "ppo") for task in CONFIG.tasks),
+]
 SINGLE = (  # in order; where a folder is named, nothing may change it afterwards
     ("collect_playtable", (), "data"),
     ("train_world_model", (), "world_model"),
@@ -227,6 +231,7 @@ def test_print_architecture_sets_configs_side_by_side():
     assert done.returncode == 0, done.stderr
     assert f"| {' | '.join(configs)} | paper | public code, counted |" in done.stdout
     assert "| inverse dynamics | " in done.stdout
+    assert "| prior ensemble | 1,152 | 1,152 | none |" in done.stdout  # 2 x (16 x 16 + 16, LayerNorm 32, 16 x 16 + 16)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
             "scene",
             "kind='scene' needs a world model that decodes .*scene_weight is 0; take a weight above",
         ),
+        ("reward.disagreement_quantile", 0.5, "asks for priors that may disagree, .*num_members=0; take 2 or more"),
+        ("reward.disagreement_quantile", 1.5, "disagreement_quantile=1.5; expected a number from 0 to 1"),
+        ("prior_ensemble.num_members", -1, "config.prior_ensemble.num_members=-1; expected 0 or more"),
+        ("prior_ensemble.num_steps", 250, "config.prior_ensemble.num_steps=250 .*updates_per_call=100; take"),
+        ("prior_ensemble.batch_size", 0, "config.prior_ensemble.batch_size=0; expected 1 or more"),
         ("reward.embedding_dims", (), "config.reward.embedding_dims=.*; expected one size or more"),
         ("ppo.max_start_step", -1, "config.ppo.max_start_step=-1; expected 0 or more"),
         ("tasks", ("open_drawer", "open_drawer"), "config.tasks names 'open_drawer' twice"),
@@ -123,6 +128,31 @@ def test_a_gaussian_policy_is_cloned_without_noise(tmp_path):
         launch.prepare(config, str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prior_ensemble.num_members": 1, "reward.disagreement_quantile": 0.5},
+            "num_members=1; take 2 or more, e.g. 5",
+        ),
+        (
+            {"prior_ensemble.num_members": 2, "prior_ensemble.imagine": False},
+            "num_members=2 would be trained for nothing",
+        ),
+        (
+            {"prior_ensemble.num_members": 2, "reward.disagreement_quantile": 0.5, "reward.kind": "scene"}
+            | {"world_model.scene_weight": 1.0},
+            "disagreement_quantile=0.5 limits the classifier's reward, and config.reward.kind='scene'; take",
+        ),
+    ],
+)
+def test_an_ensemble_has_a_use_and_what_uses_it_has_one(tmp_path, changes, message):
+    config = helpers.make_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        launch.prepare(config, str(tmp_path / "run"))
+
+
 def test_a_soft_prior_needs_a_policy_that_was_cloned_on_probabilities(tmp_path):
     config = change("policy.soft_feature", False, change("world_model.soft_prior", True))
     with pytest.raises(ValueError, match="soft_prior=True needs config.policy.soft_feature=True"):
@@ -154,6 +184,8 @@ def test_batches_must_divide_over_the_devices(monkeypatch):
     with pytest.raises(ValueError, match="config.reward.batch_size=16 .* 3 devices.*; take a multiple of 6"):
         config_checks.check(config)
     config_checks.check(change("reward.batch_size", 12, config))
+    with pytest.raises(ValueError, match="config.prior_ensemble.batch_size=256 .* by 3 devices.*: 255$"):
+        config_checks.check(change("prior_ensemble.num_members", 2, config))
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,7 @@ def test_the_scan_with_late_gradients_is_a_scan(dtype, tolerance, variant, form,
         with mock.patch.object(recurrence, "scan", scan):
             return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, embedding)
 
-    def plain(step, params, carry, inputs, noise, *, dtype):
-        del dtype
-
+    def plain(step, params, carry, inputs, noise, **_):
         def body(carry, x):
             carry, output = step(params, carry, *x)
             return carry, (carry, output)

@@ -14,7 +14,8 @@ TASK = "open_drawer"
 TASKS = (TASK, "close_drawer")
 DATA = {"data/playtable_play", "data/playtable_demonstrations"}
 PPO = {f"ppo/{TASK}", "ppo/trust.json"}
-LATER = {f"policy/{TASK}", f"reward/{TASK}", "reward/quality.json", *PPO}
+REWARD = {f"reward/{TASK}", "reward/quality.json", "reward/disagreement.json"}
+LATER = {"prior_ensemble", f"policy/{TASK}", *REWARD, *PPO}
 EVALUATION = {"evaluation/bc.json", "evaluation/bc.episodes.json"}
 
 
@@ -29,12 +30,21 @@ def make_config(**changes):
 def source(tmp_path):
     """A run with a file in each of its parts."""
     folder = tmp_path / "source"
-    for name in (*DATA, "world_model", f"policy/{TASK}", f"reward/{TASK}", f"ppo/{TASK}", "ppo/close_drawer"):
+    for name in (
+        *DATA,
+        "world_model",
+        "prior_ensemble",
+        f"policy/{TASK}",
+        f"reward/{TASK}",
+        f"ppo/{TASK}",
+        "ppo/close_drawer",
+    ):
         (folder / name / "4").mkdir(parents=True)
         (folder / name / "4" / "file").write_text(name)
     (folder / "evaluation").mkdir()
     json_files.write(folder / "ppo/trust.json", {task: {"trusted": True} for task in TASKS})
     json_files.write(folder / "reward/quality.json", {task: {"train": {}} for task in TASKS})
+    json_files.write(folder / "reward/disagreement.json", dict.fromkeys(TASKS, 1.5))
     fixed = dict(environment="playtable", method="wam", stage="bc", imagined_success=0.5, seed=0)
     rows = [tables.make_row(task=task, successes=1, episodes=2, **fixed) for task in TASKS]
     tables.save(str(folder / "evaluation/bc.json"), rows)
@@ -54,14 +64,15 @@ def source(tmp_path):
         ({}, {*DATA, "world_model", *LATER, *EVALUATION}),
         ({"ppo.save_every": 3, "num_devices": 2}, {*DATA, "world_model", *LATER, *EVALUATION}),
         ({"ppo.epochs": 7}, {*DATA, "world_model", *LATER, *EVALUATION} - PPO),
-        ({"reward.threshold": 0.7}, {*DATA, "world_model", f"policy/{TASK}"}),
-        ({"policy.learning_rate": 0.1}, {*DATA, "world_model", f"reward/{TASK}", "reward/quality.json"}),
+        ({"reward.threshold": 0.7}, {*DATA, "world_model", "prior_ensemble", f"policy/{TASK}"}),
+        ({"prior_ensemble.num_members": 2}, {*DATA, "world_model", f"policy/{TASK}"}),
+        ({"policy.learning_rate": 0.1}, {*DATA, "world_model", "prior_ensemble", *REWARD}),
         ({"evaluation.max_steps": 24}, {*DATA, "world_model", *LATER} - PPO),
-        ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model"}),
+        ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model", "prior_ensemble"}),
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
         ({"seed": 1}, set()),
-        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model"}),
+        ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model", "prior_ensemble"}),
     ],
 )
 def test_what_depends_on_a_change_is_made_anew(source, tmp_path, changes, expected):
@@ -85,6 +96,7 @@ def test_rows_of_the_tasks_of_the_config_are_taken_over_and_no_others(source, tm
     episodes = tables.load_episodes(f"{workdir}/evaluation/bc.episodes.json")
     assert [(e.task, e.number) for e in episodes] == [(task, number) for number in range(2) for task in expected]
     assert list(train_reward.read_quality(workdir)) == list(finetune_policy.read_trust(workdir)) == expected
+    assert list(train_reward.read_limits(workdir)) == expected
 
 
 def collect(config, workdir):

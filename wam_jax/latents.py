@@ -32,7 +32,7 @@ def encode_episodes(
       posterior states [T, ...] of each episode, numpy.
     """
     lengths = [len(episode.action) for episode in episodes]
-    return _in_batches(functools.partial(_encoder(model), params), episodes, lengths, rng, batch_size, "encoding")
+    return _in_batches(functools.partial(encoder(model), params), episodes, lengths, rng, batch_size, "encoding")
 
 
 def imagine_episodes(
@@ -85,7 +85,9 @@ def _in_batches(apply, items: Sequence, lengths: Sequence[int], rng: Array, batc
 
 
 @functools.lru_cache(maxsize=4)
-def _encoder(model: WorldModel):
+def encoder(model: WorldModel):
+    """Compiled: (params, steps [B, T, ...], rng) -> posterior states [B, T, ...], from each first frame on."""
+
     @jax.jit
     def encode(params, batch, rng):
         embedding = world_model.embed(model, params, batch.observation)

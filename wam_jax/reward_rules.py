@@ -2,6 +2,7 @@
 
 What a frame says, its verdict, is the success classifier's (DiWA's default) or, for the hybrid world model, CALVIN's
 oracle's on the scene state that is decoded from the latent, against the one decoded from the episode's first latent.
+Either may be held back where an ensemble disagrees.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from wam_jax import specs, success_classifier
+from wam_jax import prior_ensemble, specs, success_classifier
 from wam_jax.networks.layers import MLP
+from wam_jax.prior_ensemble import PriorEnsemble
 from wam_jax.types import Array, Params
 
 # (reward_params, feature [..., B, state_dim], first feature of the episodes [B, state_dim]) -> bool [..., B].
@@ -32,6 +34,25 @@ def by_scene(params: Params, feature: Array, first_feature: Array, *, decoder: M
         for x in (first_feature, feature)
     )
     return specs.task_success(params["task"], start, now)
+
+
+def where_ensemble_agrees(
+    params: Params, feature: Array, first_feature: Array, *, verdict: Verdict, ensemble: PriorEnsemble
+) -> Array:
+    """A verdict: another one's, where the priors of an ensemble say nearly the same of the frame.
+
+    Where they disagree imagination is beyond what play has shown, and a success there is not to be trusted.
+
+    Args:
+      params: `verdict`, what that one reads; `ensemble`, its parameters; `max_disagreement`, in nats.
+      feature, first_feature: as for any verdict.
+      verdict: the other one.
+      ensemble: the priors' module.
+    """
+    deterministic = feature[..., : ensemble.deterministic_dim]  # features begin with h
+    members = prior_ensemble.log_probabilities(ensemble, params["ensemble"], deterministic)
+    agree = prior_ensemble.disagreement(members) < params["max_disagreement"]
+    return verdict(params["verdict"], feature, first_feature) & agree
 
 
 def scene_params(world_model_params: Params, task: str) -> Params:

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wam_jax import inverse_dynamics, specs
+from wam_jax import inverse_dynamics, prior_ensemble, specs
 from wam_jax.networks import recurrence
 from wam_jax.networks.decoder import Decoder
 from wam_jax.networks.encoder import Encoder
 from wam_jax.networks.layers import MLP
 from wam_jax.networks.rssm import RSSM, feature, sample_stochastic, stochastic_noise
+from wam_jax.prior_ensemble import PriorEnsemble
 from wam_jax.types import Array, LatentState, Observation, Params
 
 
@@ -30,6 +31,7 @@ class WorldModel:
     proprioception_decoder: MLP
     scene_decoder: MLP
     settings: Any  # FrozenConfigDict, config.world_model
+    prior_ensemble: PriorEnsemble | None = None  # whose mixture is the prior of imagination, where there is one
 
 
 def build(settings: Any) -> WorldModel:
@@ -191,9 +193,16 @@ def _prior_step(model, params, latent, projected_action, noise) -> LatentState:
     hidden = _rssm(model, params, "recurrent", latent.deterministic, latent.stochastic, projected_action)
     if robot is not None:
         robot = robot + _rssm(model, params, "robot_change", hidden, projected_action)
-    logits = _rssm(model, params, "prior_logits", hidden)
+    logits = _imagined_logits(model, params, hidden)
     soft = model.settings.soft_prior
     return LatentState(hidden, logits, jax.nn.softmax(logits) if soft else sample_stochastic(logits, noise), robot)
+
+
+def _imagined_logits(model, params, hidden) -> Array:
+    if model.prior_ensemble is None:
+        return _rssm(model, params, "prior_logits", hidden)
+    members = prior_ensemble.log_probabilities(model.prior_ensemble, params["prior_ensemble"], hidden)
+    return prior_ensemble.mixture(members)
 
 
 def observe(model: WorldModel, params: Params, embedding: Array, action: Array, rng: Array) -> LatentState:
@@ -239,8 +248,9 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
     """
 
     def step(rssm_params, latent, projected_action, noise):
-        return _prior_step(model, {"rssm": rssm_params}, latent, projected_action, noise)
+        return _prior_step(model, {"rssm": rssm_params, **ensemble}, latent, projected_action, noise)
 
+    ensemble = {name: params[name] for name in ("prior_ensemble",) if name in params}
     projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
     noise = _noise_of_steps(model, rng, action.shape[1], action.shape[0])
     return _states_after(model, params, step, latent, projected_action, noise)
@@ -259,8 +269,9 @@ def _states_after(model, params, step, start: LatentState, inputs, noise) -> Lat
         return carried(latent), latent.logits
 
     states, logits = recurrence.scan(
-        carry_and_logits, params["rssm"], carried(start), inputs, noise, dtype=model.rssm.dtype
-    )
+        carry_and_logits, params["rssm"], carried(start), inputs, noise, dtype=model.rssm.dtype,
+        other_layers=model.prior_ensemble is not None,
+    )  # fmt: skip
     latents = states.replace(logits=logits, stochastic=states.stochastic.astype(jnp.float32))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)
 
@@ -271,7 +282,8 @@ def imagination_params(model: WorldModel, params: Params) -> Params:
     def cast(path, x):
         return x.astype(model.rssm.dtype) if path[-1].key == "kernel" else x
 
-    return {"rssm": jax.tree_util.tree_map_with_path(cast, params["rssm"])}
+    read = {name: params[name] for name in ("rssm", "prior_ensemble") if name in params}
+    return jax.tree_util.tree_map_with_path(cast, read)
 
 
 def prior_logits(model: WorldModel, params: Params, latent: LatentState) -> Array:

@@ -84,6 +84,21 @@ def get_config(method: str = "wam") -> ConfigDict:
             "save_every": 2000,
         }
     )
+    config.prior_ensemble = ConfigDict(  # ours, all of it: see prior_ensemble.py
+        {
+            "num_members": 0,  # priors that are fitted to the trained world model; 0: imagination is as it was trained
+            "imagine": True,  # imagination draws z from their mixture; False: only their disagreement is used
+            "hidden_dims": (256, 256),
+            "num_windows": 2000,  # of play, whose frames they learn from
+            "window_length": 48,
+            "batch_size": 256,
+            "learning_rate": 1e-3,
+            "weight_decay": 1e-3,
+            "num_steps": 3000,
+            "updates_per_call": 100,
+            "save_every": 3000,
+        }
+    )
     config.policy = ConfigDict(
         {
             "kind": "diffusion",  # or DiWA's ablation "gaussian", in one step: the two numbers of steps are not read
@@ -121,6 +136,9 @@ def get_config(method: str = "wam") -> ConfigDict:
             "use_play": True,  # ours: annotated attempts of play, failures among them, beside the demonstrations
             "use_imagined": False,  # ours; WAM: True, imagination of the same episodes with their labels, beside them
             "threshold": 0.5,  # argmax of two classes
+            # Ours; above 0 a frame counts only where the ensemble disagrees less than on this share of the frames of
+            # play's successes that imagination, too, shows as such.
+            "disagreement_quantile": 0.0,
             "consecutive": 1,  # frames in a row that must say success; DiWA looks at the last frame of a chunk
             "resample_latent": True,  # ours
             "batch_size": 256,  # this and the next three: ours, the papers give none

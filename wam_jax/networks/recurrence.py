@@ -59,7 +59,9 @@ transposed_dot.defvjp(
 )
 
 
-def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *, dtype: Any) -> Any:
+def scan(
+    step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *, dtype: Any, other_layers: bool = False
+) -> Any:
     """Repeats a step over time, as `lax.scan` does, with gradients that keep work out of the loops.
 
     Forward, states are kept and on KEEPING_BACKENDS the products; elsewhere those of all steps are computed anew, at
@@ -77,6 +79,7 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *,
       inputs: arrays [T, B, ...], differentiable.
       noise: [T, B, ...], not differentiable.
       dtype: that the products are computed in.
+      other_layers: the step calls modules that `params` does not hold; it is then `lax.scan`, gradients and all.
 
     Returns:
       the carry after each step and the outputs, [T, B, ...].
@@ -84,7 +87,7 @@ def scan(step: Callable, params: dict, carry: Any, inputs: Any, noise: Array, *,
     Raises:
       ValueError: a module is called twice in a step.
     """
-    if plain.is_plain():
+    if other_layers or plain.is_plain():
         return _plain_scan(step, params, carry, inputs, noise)
     return _scan(step, dtype, params, carry, inputs, noise)
 

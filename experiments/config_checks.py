@@ -245,9 +245,24 @@ def _check_pictures(data: ConfigDict) -> None:
             )
 
 
+def _check_windows(config: ConfigDict) -> None:
+    """Checks that the windows of play fit into its episodes."""
+    data = config.dataset
+    if data.play:
+        longest = max(datasets.episode_lengths(data.play, "train"))
+        played = f"of {data.play}, the longest has {longest} steps; shorten the window"
+    else:
+        longest = data.play_steps
+        played = f"of config.dataset.play_steps={longest}; shorten the window or play longer"
+    for section in ("world_model", *(["prior_ensemble"] if config.prior_ensemble.num_members else [])):
+        window = config[section].window_length
+        if window > longest:
+            raise ValueError(f"config.{section}.window_length={window} is longer than every episode {played}")
+
+
 def _check_data(config: ConfigDict) -> None:
     """Checks the sizes of what will be collected, and opens what is there already."""
-    data, window = config.dataset, config.world_model.window_length
+    data = config.dataset
     pictures = base.PICTURES if config.environment == "calvin" else base.PICTURES[:1]
     if data.pictures not in pictures:
         raise ValueError(
@@ -257,19 +272,7 @@ def _check_data(config: ConfigDict) -> None:
         raise ValueError(f"config.dataset.cache={data.cache!r}; expected one of {', '.join(input_pipeline.CACHES)}")
     if config.environment == "calvin":
         _check_pictures(data)
-    if not data.play:
-        if window > data.play_steps:
-            raise ValueError(
-                f"config.world_model.window_length={window} is longer than every episode: config.dataset.play_steps="
-                f"{data.play_steps}; shorten the window or play longer"
-            )
-    else:
-        longest = max(datasets.episode_lengths(data.play, "train"))
-        if window > longest:
-            raise ValueError(
-                f"config.world_model.window_length={window} is longer than every episode of {data.play}, the longest "
-                f"has {longest} steps; shorten the window"
-            )
+    _check_windows(config)
     if data.demonstrations:
         found = set(datasets.episode_tasks(data.demonstrations))
         missing = [task for task in config.tasks if specs.task_index(task) not in found]

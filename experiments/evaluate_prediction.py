@@ -83,6 +83,7 @@ def _describe(config, directory: str, windows: list[tuple[int, int]], paths: Map
     for name, path in paths.items():
         with open(path, "rb") as file:
             digests[name] = hashlib.sha256(file.read()).hexdigest()
+    sections = ["world_model", "dataset", *(["prior_ensemble"] if train_world_model.imagines(config) else [])]
     about = {
         "environment": config.environment,
         "method": config.method,
@@ -96,7 +97,7 @@ def _describe(config, directory: str, windows: list[tuple[int, int]], paths: Map
         "window_seed": config.prediction.seed,
         "windows": windows,
         "weights_sha256": digests,
-        "config": config_values.deciding({name: config[name].to_dict() for name in ("world_model", "dataset")}),
+        "config": config_values.deciding({name: config[name].to_dict() for name in sections}),
     }
     return json.loads(json.dumps(about))
 

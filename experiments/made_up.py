@@ -1,7 +1,6 @@
 """Inputs of the benchmark's workloads: noise of the right shapes, untrained networks, a dataset of random pictures."""
 
 import atexit
-import dataclasses
 import functools
 import tempfile
 
@@ -88,13 +87,11 @@ def _world_model_params(settings: FrozenConfigDict) -> Params:
 
 def frozen_world_model(config: FrozenConfigDict) -> tuple[WorldModel, Params]:
     """The same as later stages load it: with the ensemble that it imagines with, where the config has one."""
-    model, params = world_model(config)
-    if not (config.prior_ensemble.num_members and config.prior_ensemble.imagine):
-        return model, params
-    ensemble, ensemble_params = _ensemble(config)
-    return dataclasses.replace(model, prior_ensemble=ensemble), {**params, "prior_ensemble": ensemble_params}
+    plain = world_model(config)
+    return train_world_model.with_ensemble(*plain, *_ensemble(config)) if train_world_model.imagines(config) else plain
 
 
+@functools.lru_cache(maxsize=1)
 def _ensemble(config: FrozenConfigDict) -> tuple[prior_ensemble.PriorEnsemble, Params]:
     ensemble = train_world_model.build_ensemble(config)
     return ensemble, jax.jit(functools.partial(prior_ensemble.init, ensemble))(jax.random.key(0)).params
@@ -108,4 +105,4 @@ def reward_params(config: FrozenConfigDict, world_model_params: Params) -> Param
     classifier = train_reward.initial_state(config, task).params
     if not config.reward.disagreement_quantile:
         return classifier
-    return {"verdict": classifier, "ensemble": _ensemble(config)[1], "max_disagreement": np.float32(1.0)}
+    return reward_rules.agreement_params(classifier, _ensemble(config)[1], max_disagreement=1.0)

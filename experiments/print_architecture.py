@@ -30,7 +30,6 @@ PAPER = {  # by part: what the paper states, and parameters of the public PyTorc
     "classifier": ("", ""),
 }
 WORLD_MODEL_PARTS = ("encoder", "rssm", "decoder", "inverse_dynamics", "proprioception_decoder", "scene_decoder")
-ALWAYS_LISTED = PAPER.keys() - {"prior_ensemble"}  # the others where a config has them
 NOTE = (
     "Policy, critic and classifier are one task's. The paper states sizes and no parameter counts, so a count stands "
     "beside it where the public code it builds on was counted."
@@ -95,8 +94,6 @@ def markdown(configs: Mapping[str, FrozenConfigDict]) -> str:
     for name, describe in _SIZES.items():
         lines.append(tables.line(name, [*(describe(config) for config in configs.values()), "", ""]))
     for part, (paper, counted) in PAPER.items():
-        if part not in ALWAYS_LISTED and not any(part in found for found in counts.values()):
-            continue
         cells = [f"{found[part]:,}" if part in found else "-" for found in counts.values()]
         lines.append(tables.line(part.replace("_", " "), [*cells, paper, counted]))
     totals = [sum(found.get(part, 0) for part in WORLD_MODEL_PARTS) for found in counts.values()]

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Sequence
 from experiments import config_values, launch
 from wam_jax import json_files, metrics, shards
 
+_ENSEMBLE = (  # what its members are trained by
+    *("num_members", "hidden_dims", "num_windows", "window_length", "batch_size", "learning_rate", "weight_decay"),
+    "num_steps",
+)
 # What each part of a workdir depends on: other parts, and keys or sections of the config.
 _PARTS = {
     "play": ("environment", "seed", "dataset.play", "dataset.play_episodes", "dataset.validation_episodes")
@@ -15,9 +19,9 @@ _PARTS = {
     "demonstrations": ("environment", "seed", "dataset.demonstrations", "dataset.demonstrations_per_task")
     + ("dataset.pictures",),
     "world_model": ("play", "method", "world_model."),
-    "prior_ensemble": ("world_model", "prior_ensemble."),
+    "prior_ensemble": ("world_model", *(f"prior_ensemble.{key}" for key in _ENSEMBLE)),
     "policy": ("world_model", "demonstrations", "policy."),
-    "reward": ("prior_ensemble", "demonstrations", "policy.soft_feature", "reward."),
+    "reward": ("prior_ensemble", "prior_ensemble.imagine", "demonstrations", "policy.soft_feature") + ("reward.",),
     "ppo": ("policy", "reward", "ppo.", "evaluation.max_steps"),
     "evaluation": ("policy", "reward", "evaluation.", "ppo.resample_latent"),  # of the cloned policies
 }

@@ -6,6 +6,7 @@ python -m experiments.train_reward --config=experiments/configs/quickstart.py --
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ from wam_jax.types import LatentState, Params, StepBatch
 from wam_jax.world_model import WorldModel
 
 _init = jax.jit(success_classifier.init, static_argnums=(1, 2))  # one program, not one for each operation
+_ROWS = 1024  # states at a time whose disagreement is measured
 _IMAGINED = 1  # tells the key of imagination from those of the filter
 
 
@@ -85,6 +87,7 @@ def _train(config, workdir: str) -> None:
             devices=devices,
         )
         quality[task] = _quality(state.params, bank, held_out[task], settings)
+        _write_limits(workdir, {other: limit for other, limit in read_limits(workdir).items() if other != task})
         if parallel.is_first_process():
             write_quality(workdir, quality)
 
@@ -138,29 +141,32 @@ def imagine_attempts(
 def _limit_disagreement(config, workdir: str) -> None:
     """Writes `reward/disagreement.json`: for each task the ensemble's disagreement below which a frame may count."""
     limits = read_limits(workdir)
-    missing = [task for task in config.tasks if task not in limits]
-    play = encode_attempts(config, workdir, "train", missing) if missing else {}
-    for task in missing:
-        limits[task] = _max_disagreement(config, workdir, task, *play[task])
-        if parallel.is_first_process():
-            json_files.write(_limits_path(workdir), limits)
+    for task in [task for task in config.tasks if task not in limits]:
+        attempts = encode_attempts(config, workdir, "train", [task])[task]
+        limits[task] = _max_disagreement(config, workdir, task, *attempts)
+        if limits[task] is None:
+            print(
+                f"{task}: imagination shows none of the successes in {len(attempts[1])} attempts of play, so nothing "
+                "says how much the ensemble may disagree: every frame may count",
+                flush=True,
+            )
+        _write_limits(workdir, limits)
 
 
-def _max_disagreement(config, workdir: str, task: str, encoded: list[LatentState], episodes: list[StepBatch]) -> float:
+def _max_disagreement(
+    config, workdir: str, task: str, encoded: list[LatentState], episodes: list[StepBatch]
+) -> float | None:
     """The quantile of the disagreement over the successes of some attempts that imagination, too, shows as such.
 
-    Raises:
-      ValueError: it shows none.
+    None where it shows none.
     """
     shown = _shown_successes(config, workdir, task, encoded, episodes)
     if not len(shown):
-        raise ValueError(
-            f"{task}: imagination shows no success that play holds, so nothing says how much the ensemble may "
-            "disagree; take --config.reward.disagreement_quantile=0, or leave the task out"
-        )
+        return None
     ensemble, params = train_world_model.load_ensemble(config, workdir)
-    found = prior_ensemble.disagreement(prior_ensemble.log_probabilities(ensemble, params, shown))
-    return float(np.quantile(np.asarray(found), config.reward.disagreement_quantile))
+    measure = jax.jit(functools.partial(prior_ensemble.disagreement, ensemble))
+    parts = [measure(params, shown[i : i + _ROWS]) for i in range(0, len(shown), _ROWS)]
+    return float(np.quantile(np.concatenate(parts), config.reward.disagreement_quantile))
 
 
 def _shown_successes(
@@ -196,10 +202,15 @@ def write_quality(workdir: str, quality: dict) -> None:
     json_files.write(os.path.join(workdir, "reward", "quality.json"), quality)
 
 
-def read_limits(workdir: str) -> dict[str, float]:
-    """Of each task the largest disagreement of the ensemble, in nats, on a frame that counts; {} where none is set."""
+def read_limits(workdir: str) -> dict[str, float | None]:
+    """Of each task the largest disagreement of the ensemble, in nats, on a frame that counts; None is no limit."""
     path = _limits_path(workdir)
     return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+
+
+def _write_limits(workdir: str, limits: dict[str, float | None]) -> None:
+    if parallel.is_first_process() and limits != read_limits(workdir):
+        json_files.write(_limits_path(workdir), limits)
 
 
 def _limits_path(workdir: str) -> str:
@@ -212,9 +223,9 @@ def rule(config, model: WorldModel) -> dict:
         verdict = functools.partial(reward_rules.by_scene, decoder=model.scene_decoder)
     else:
         verdict = functools.partial(reward_rules.by_classifier, settings=reward_settings(config))
-    if config.reward.disagreement_quantile:
-        ensemble = train_world_model.build_ensemble(config)
-        verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=verdict, ensemble=ensemble)
+        if config.reward.disagreement_quantile:
+            ensemble = train_world_model.build_ensemble(config)
+            verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=verdict, ensemble=ensemble)
     return {"verdict": verdict, "consecutive": config.reward.consecutive}
 
 
@@ -237,11 +248,8 @@ def load(config, workdir: str, task: str) -> Params:
             f"{_limits_path(workdir)} has no limit for {task}; run experiments.train_reward with this config and "
             "workdir first"
         )
-    return {
-        "verdict": params,
-        "ensemble": train_world_model.load_ensemble(config, workdir)[1],
-        "max_disagreement": np.float32(limits[task]),
-    }
+    limit, ensemble_params = limits[task], train_world_model.load_ensemble(config, workdir)[1]
+    return reward_rules.agreement_params(params, ensemble_params, math.inf if limit is None else limit)
 
 
 def _load_classifier(config, workdir: str, task: str) -> Params:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+from tqdm import tqdm
 
 from experiments import launch
 from wam_jax import (
@@ -111,10 +112,12 @@ def _filtered_play(config, workdir: str) -> prior_ensemble.PriorBatch:
     windows = datasets.read_windows(
         launch.play_directory(config, workdir), "train", settings.window_length, settings.num_windows
     )
+    windows = tqdm(windows, desc="filtering play", unit="batch", leave=False, disable=None)
     encode = latents.encoder(model)
     return prior_ensemble.bank(encode(params, x, jax.random.fold_in(rng, i)) for i, x in enumerate(windows))
 
 
+@functools.lru_cache(maxsize=1)
 def _load_trained(config, workdir: str) -> tuple[WorldModel, Params]:
     model = world_model.build(config.world_model)
     template = jax.eval_shape(functools.partial(world_model_training.create_state, model), jax.random.key(0))
@@ -133,9 +136,18 @@ def load(config, workdir: str) -> tuple[WorldModel, Params]:
       ValueError: there is none yet, it is not trained to the end, or it is of another size than the config says.
     """
     model, params = _load_trained(config, workdir)
-    if not (config.prior_ensemble.num_members and config.prior_ensemble.imagine):
-        return model, params
-    ensemble, ensemble_params = load_ensemble(config, workdir)
+    return with_ensemble(model, params, *load_ensemble(config, workdir)) if imagines(config) else (model, params)
+
+
+def imagines(config) -> bool:
+    """Whether imagination draws from the ensemble."""
+    return bool(config.prior_ensemble.num_members and config.prior_ensemble.imagine)
+
+
+def with_ensemble(
+    model: WorldModel, params: Params, ensemble: PriorEnsemble, ensemble_params: Params
+) -> tuple[WorldModel, Params]:
+    """A world model that imagines with an ensemble."""
     return dataclasses.replace(model, prior_ensemble=ensemble), {**params, "prior_ensemble": ensemble_params}
 
 

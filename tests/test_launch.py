@@ -128,31 +128,6 @@ def test_a_gaussian_policy_is_cloned_without_noise(tmp_path):
         launch.prepare(config, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"prior_ensemble.num_members": 1, "reward.disagreement_quantile": 0.5},
-            "num_members=1; take 2 or more, e.g. 5",
-        ),
-        (
-            {"prior_ensemble.num_members": 2, "prior_ensemble.imagine": False},
-            "num_members=2 would be trained for nothing",
-        ),
-        (
-            {"prior_ensemble.num_members": 2, "reward.disagreement_quantile": 0.5, "reward.kind": "scene"}
-            | {"world_model.scene_weight": 1.0},
-            "disagreement_quantile=0.5 limits the classifier's reward, and config.reward.kind='scene'; take",
-        ),
-    ],
-)
-def test_an_ensemble_has_a_use_and_what_uses_it_has_one(tmp_path, changes, message):
-    config = helpers.make_config()
-    config.update_from_flattened_dict(changes)
-    with pytest.raises(ValueError, match=message):
-        launch.prepare(config, str(tmp_path / "run"))
-
-
 def test_a_soft_prior_needs_a_policy_that_was_cloned_on_probabilities(tmp_path):
     config = change("policy.soft_feature", False, change("world_model.soft_prior", True))
     with pytest.raises(ValueError, match="soft_prior=True needs config.policy.soft_feature=True"):

@@ -23,6 +23,7 @@ from wam_jax import (
     latents,
     parallel,
     ppo,
+    prior_ensemble,
     rlds,
     success_classifier,
     training,
@@ -125,6 +126,17 @@ def check_states_stay_the_same_on_all_devices():
     state, _ = parallel.compile_updates(noise_update, devices)(
         parallel.replicate(first_state(), devices), slices(devices, 3), 0, 0
     )
+    all_devices_equal(state)
+
+
+def check_an_ensemble_of_priors_stays_the_same_on_all_devices():
+    devices, config = parallel.local_devices(0), helpers.make_config()
+    config.prior_ensemble.update(num_members=2, hidden_dims=(4,), batch_size=8)
+    ensemble = prior_ensemble.build(helpers.freeze(config.prior_ensemble), config.world_model)
+    bank = prior_ensemble.bank([helpers.make_latents(0, (4, 9), config.world_model)])
+    update = functools.partial(prior_ensemble.update_from_bank, ensemble=ensemble, axis_name=parallel.AXIS_NAME)
+    start = parallel.replicate(prior_ensemble.init(ensemble, jax.random.key(0)), devices)
+    state, _ = parallel.compile_updates(update, devices, num_updates=2)(start, parallel.replicate(bank, devices), 0, 0)
     all_devices_equal(state)
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import json
+import re
+import shutil
 
 import helpers
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import train_policy, train_reward, train_world_model
-from wam_jax import checkpoints, parallel, prior_ensemble, reward_rules, rlds, world_model
+from experiments import launch, train_policy, train_reward, train_world_model
+from wam_jax import checkpoints, json_files, latents, parallel, prior_ensemble, reward_rules, rlds, world_model
+from wam_jax.networks import rssm
 
 quick_compilation = helpers.quick_compilation
 TASK = "turn_on_led"
@@ -59,15 +61,15 @@ def test_the_mixture_is_the_mean_of_the_members_distributions():
 @pytest.mark.parametrize("members", [2, 5])
 def test_members_of_one_mind_disagree_by_nothing_and_those_of_as_many_by_log_k_a_categorical(members):
     alike = jnp.broadcast_to(jax.nn.log_softmax(jnp.arange(5.0)), (members, 7, 3, 5))
-    np.testing.assert_allclose(prior_ensemble.disagreement(alike), np.zeros(7), atol=1e-5)
+    np.testing.assert_allclose(prior_ensemble.mutual_information(alike), np.zeros(7), atol=1e-5)
     apart = jax.nn.log_softmax(50.0 * jnp.eye(5)[:members, None, None].repeat(3, axis=2))
-    np.testing.assert_allclose(prior_ensemble.disagreement(apart), [3 * np.log(members)], rtol=1e-4)
+    np.testing.assert_allclose(prior_ensemble.mutual_information(apart), [3 * np.log(members)], rtol=1e-4)
 
 
 def test_it_is_the_mutual_information_of_z_and_the_member():
     p = np.random.default_rng(1).dirichlet(np.ones(4), size=(3, 6, 2))  # K, frames, S, V
     expected = (p * (np.log(p) - np.log(p.mean(0)))).sum(-1).mean(0).sum(-1)
-    np.testing.assert_allclose(prior_ensemble.disagreement(jnp.log(p)), expected, rtol=1e-4)
+    np.testing.assert_allclose(prior_ensemble.mutual_information(jnp.log(p)), expected, rtol=1e-4)
 
 
 # --- Learning ---
@@ -77,7 +79,7 @@ def make_bank(rows=64, seed=0):
     rng = np.random.default_rng(seed)
     size = MODEL.settings
     h = rng.normal(size=(rows, size.deterministic_dim)).astype(np.float32)
-    logits = 2 * h[:, : size.num_latents * size.num_classes].repeat(1, axis=1)
+    logits = 2 * h[:, : size.num_latents * size.num_classes]
     return prior_ensemble.PriorBatch(h, logits.reshape(rows, size.num_latents, size.num_classes))
 
 
@@ -123,9 +125,8 @@ def test_the_bank_leaves_the_first_frame_of_each_window_out():
 
 
 def test_imagination_draws_z_from_the_mixture_and_filtering_does_not():
-    ensemble = make_ensemble(num_members=2)
-    classes = np.array([0, 3, 1, 2])
-    params = helpers.make_state(MODEL).params | {"prior_ensemble": constant(ensemble, [20 * np.eye(4)[classes]] * 2)}
+    ensemble, classes = make_ensemble(num_members=2), np.array([[0, 3, 1, 2], [1, 3, 2, 0]])
+    params = helpers.make_state(MODEL).params | {"prior_ensemble": constant(ensemble, 20 * np.eye(4)[classes])}
     model = dataclasses.replace(MODEL, prior_ensemble=ensemble)
     steps = helpers.make_steps()
     embedding = world_model.embed(MODEL, params, steps.observation)
@@ -134,14 +135,55 @@ def test_imagination_draws_z_from_the_mixture_and_filtering_does_not():
         for m in (MODEL, model)
     )
     helpers.assert_equal(filtered, plain)
-    start = jax.tree.map(lambda x: x[:, 0], plain)
-    imagine = jax.jit(functools.partial(world_model.imagine, model))
-    imagined = imagine(params, start, steps.action[:, :5], jax.random.key(1))
-    np.testing.assert_array_equal(imagined.stochastic.argmax(-1), np.broadcast_to(classes, (4, 5, 4)))
-    frozen = world_model.imagination_params(model, params)
+    start = jax.tree.map(lambda x: np.repeat(x[:, 0], 64, axis=0), plain)
+    action = np.repeat(steps.action, 64, axis=0)
+    imagined = jax.jit(functools.partial(world_model.imagine, model))(params, start, action[:, :5], jax.random.key(1))
     step = jax.jit(functools.partial(world_model.imagine_step, model))
-    one = step(frozen, start, steps.action[:, 0], jax.random.key(2))
-    helpers.assert_close(one, jax.tree.map(lambda x: x[:, 0], imagined), atol=1e-5)
+    one = step(world_model.imagination_params(model, params), start, action[:, 0], jax.random.key(2))
+    helpers.assert_close(one.deterministic, imagined.deterministic[:, 0], atol=1e-5)  # no draw has touched it yet
+    for latent in (imagined, one):
+        drawn = np.asarray(latent.stochastic).argmax(-1).reshape(-1, 4)
+        first, second = (drawn == member for member in classes)
+        assert (first | second).all()
+        for number in (0, 2, 3):  # the two members agree on the other
+            assert 0.4 < first[:, number].mean() < 0.6
+        assert 0.4 < (first[:, 0] == first[:, 2]).mean() < 0.6  # each categorical by itself
+
+
+# --- The config ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prior_ensemble.num_members": 1, "reward.disagreement_quantile": 0.5},
+            "num_members=1; take 2 or more, e.g. 5",
+        ),
+        (
+            {"prior_ensemble.num_members": 2, "prior_ensemble.imagine": False},
+            "num_members=2 would be trained for nothing",
+        ),
+        (
+            {"prior_ensemble.num_members": 2, "reward.disagreement_quantile": 0.5, "reward.kind": "scene"}
+            | {"world_model.scene_weight": 1.0},
+            "disagreement_quantile=0.5 limits the classifier's reward, and config.reward.kind='scene'; take",
+        ),
+    ],
+)
+def test_an_ensemble_has_a_use_and_what_uses_it_has_one(tmp_path, changes, message):
+    config = helpers.make_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        launch.prepare(config, str(tmp_path / "run"))
+
+
+def test_its_windows_fit_into_play(tmp_path):
+    config = make_config(**{"prior_ensemble.window_length": 500})
+    with pytest.raises(ValueError, match="config.prior_ensemble.window_length=500 is longer than .*play_steps=400"):
+        launch.prepare(config, str(tmp_path / "run"))
+    config.prior_ensemble.num_members = 0
+    launch.prepare(config, str(tmp_path / "run"))
 
 
 # --- The stage, and the reward that doubts ---
@@ -210,13 +252,14 @@ def test_a_frame_counts_only_where_the_members_agree():
     ensemble = make_ensemble(num_members=2)
     params = prior_ensemble.init(ensemble, jax.random.key(0)).params
     feature = np.random.default_rng(0).normal(size=(5, 3, 40)).astype(np.float32)
-    found = prior_ensemble.disagreement(
-        prior_ensemble.log_probabilities(ensemble, params, feature[..., :16])  # h comes first
-    )
+    found = prior_ensemble.disagreement(ensemble, params, feature[..., :16])  # h comes first
     limit = float(np.median(found))
-    says = lambda params, feature, first: feature[..., 20] > params  # noqa: E731
-    verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=says, ensemble=ensemble)
-    read = {"verdict": np.float32(-0.5), "ensemble": params, "max_disagreement": np.float32(limit)}
+
+    def exceeds(params, feature, first):
+        return feature[..., 20] > params
+
+    verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=exceeds, ensemble=ensemble)
+    read = reward_rules.agreement_params(np.float32(-0.5), params, limit)
     expected = (feature[..., 20] > -0.5) & (np.asarray(found) < limit)
     np.testing.assert_array_equal(verdict(read, feature, feature[0]), expected)
     assert 0 < expected.sum() < (feature[..., 20] > -0.5).sum()
@@ -239,31 +282,49 @@ def rewarded(trained, play, tmp_path, monkeypatch):
 
 
 def test_the_limit_is_the_quantile_over_the_successes_that_imagination_shows(rewarded):
-    config, workdir = rewarded(0.25)
+    def positive(feature):  # by two probabilities of z, which comes after h
+        return feature[..., 17] > feature[..., 18]
+
+    config, workdir = rewarded(0.25, positive)
     encoded, episodes = train_reward.encode_attempts(config, workdir, "train", [TASK])[TASK]
     imagined, followed = train_reward.imagine_attempts(config, workdir, TASK, encoded, episodes)
-    h = np.concatenate([x.deterministic[step.reward > 0.5] for x, step in zip(imagined, followed, strict=True)])
-    assert len(h) == 2 * 3
+    rows = latents.classifier_bank(imagined, followed)
+    shown = (rows.label == 1) & (rows.latent.logits[:, 0, 1] > rows.latent.logits[:, 0, 2])
+    assert 0 < shown.sum() < (rows.label == 1).sum() == 2 * 3
     ensemble, params = train_world_model.load_ensemble(config, workdir)
-    found = prior_ensemble.disagreement(prior_ensemble.log_probabilities(ensemble, params, h))
-    limit = float(np.quantile(np.asarray(found), 0.25))
+    found = np.asarray(prior_ensemble.disagreement(ensemble, params, rows.latent.deterministic))
+    limit = float(np.quantile(found[shown], 0.25))
     assert train_reward.read_limits(workdir) == {TASK: pytest.approx(limit, rel=1e-5)}
     read = train_reward.load(config, workdir, TASK)
     assert read["max_disagreement"] == pytest.approx(limit, rel=1e-5)
     rule = train_reward.rule(config, train_world_model.load(config, workdir)[0])
-    feature = jnp.zeros((len(h), world_model.feature_dim(config.world_model))).at[:, :16].set(h)
-    np.testing.assert_array_equal(rule["verdict"](read, feature, feature), np.asarray(found) < read["max_disagreement"])
+    feature = np.asarray(rssm.feature(rows.latent, soft=True))
+    expected = positive(feature) & (found < read["max_disagreement"])
+    np.testing.assert_array_equal(rule["verdict"](read, feature, feature), expected)
 
 
-def test_a_task_whose_successes_imagination_never_shows_is_named(rewarded):
-    with pytest.raises(ValueError, match=f"{TASK}: imagination shows no success .*disagreement_quantile=0"):
-        rewarded(0.5, positive=lambda feature: jnp.zeros(feature.shape[:-1], bool))
+def test_where_imagination_shows_no_success_there_is_no_limit(rewarded, capsys):
+    config, workdir = rewarded(0.5, positive=lambda feature: jnp.zeros(feature.shape[:-1], bool))
+    said = f"{TASK}: imagination shows none of the successes in 2 attempts of play, .*: every frame may count"
+    assert re.search(said, capsys.readouterr().out)
+    assert train_reward.read_limits(workdir) == {TASK: None}
+    assert train_reward.load(config, workdir, TASK)["max_disagreement"] == np.inf
+
+
+def test_a_classifier_that_is_trained_anew_has_its_limit_found_anew(rewarded):
+    config, workdir = rewarded(0.5)
+    limits = train_reward.read_limits(workdir)
+    json_files.write(f"{workdir}/reward/disagreement.json", {TASK: -1.0})
+    train_reward.run(config, workdir)
+    assert train_reward.read_limits(workdir) == {TASK: -1.0}  # finished work is kept
+    shutil.rmtree(f"{workdir}/reward/{TASK}")
+    train_reward.run(config, workdir)
+    assert train_reward.read_limits(workdir) == limits
 
 
 def test_a_limit_that_is_missing_is_named(rewarded):
     config, workdir = rewarded(0.5)
-    with open(f"{workdir}/reward/disagreement.json", "w") as file:
-        json.dump({}, file)
+    json_files.write(f"{workdir}/reward/disagreement.json", {})
     with pytest.raises(ValueError, match=f"disagreement.json has no limit for {TASK}; run experiments.train_reward"):
         train_reward.load(config, workdir, TASK)
 
@@ -271,8 +332,7 @@ def test_a_limit_that_is_missing_is_named(rewarded):
 def test_of_several_processes_one_alone_writes_the_limits(rewarded, monkeypatch):
     config, workdir = rewarded(0.5)
     limits = train_reward.read_limits(workdir)
-    with open(f"{workdir}/reward/disagreement.json", "w") as file:
-        json.dump({}, file)
+    json_files.write(f"{workdir}/reward/disagreement.json", {})
     for first in (False, True):
         monkeypatch.setattr(parallel, "is_first_process", lambda first=first: first)
         train_reward.run(config, workdir)

@@ -10,8 +10,8 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import finetune_policy, train_policy, train_reward
-from wam_jax import world_model, world_model_training
+from experiments import finetune_policy, train_policy, train_reward, train_world_model
+from wam_jax import prior_ensemble, world_model, world_model_training
 
 PACKAGES = ("wam_jax", "experiments", "data")
 SOURCES = sorted(path for package in PACKAGES for path in (helpers.ROOT / package).rglob("*.py"))
@@ -22,6 +22,7 @@ LEARNING = (
     "diffusion_policy",
     "success_classifier",
     "reward_rules",
+    "prior_ensemble",
     "imagination",
     "ppo",
     "networks",
@@ -116,6 +117,8 @@ def test_every_config_initialises_every_network(config, method):
         model = world_model.build(config.world_model)
         policy = train_policy.initial_state(config, task)
         states = world_model_training.create_state(model, rng), policy, train_reward.initial_state(config, task)
+        if config.prior_ensemble.num_members:
+            prior_ensemble.init(train_world_model.build_ensemble(config), rng)
         return *states, finetune_policy.initial_state(config, task, policy.ema_params)
 
     model_state, policy, classifier, ppo = jax.eval_shape(init, jax.random.key(0))

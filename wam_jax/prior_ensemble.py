@@ -1,12 +1,12 @@
 """Priors that are fitted anew to a frozen world model: their mixture to imagine with, their disagreement to doubt it.
 
-A world model trains its prior while the posterior that it has to predict still moves. Afterwards each of K small
-networks p_k(z_t | h_t) is trained on frames of filtered play by the KL of the frozen posterior from it, from initial
-values and on frames of its own. Imagination then draws z from their mixture (deep ensembles, Lakshminarayanan et al.
+A world model trains its prior while the posterior that it has to predict still moves. Afterwards each of J small
+networks p_j(z_t | h_t) is trained on frames of filtered play by the KL of the frozen posterior from it, from initial
+values and on batches of its own. Imagination then draws z from their mixture (deep ensembles, Lakshminarayanan et al.
 2017), and where they disagree it is beyond what the play has shown (Sekar et al. 2020, Plan2Explore).
 
 Keys of `settings` (all ours):
-    num_members 0 (K; 0: none, imagination is the world model's own), hidden_dims (256, 256)
+    num_members 0 (J; 0: none, imagination is the world model's own), hidden_dims (256, 256)
     imagine True: imagination draws z from the mixture; False: only the disagreement is used
     num_windows 2000, window_length 48: the play that the members learn from, all frames but the first of each window
     batch_size 256 (frames of each member, per device), learning_rate 1e-3, weight_decay 1e-3
@@ -42,7 +42,7 @@ class PriorBatch:
 class EnsembleState:
     """Training state of all members."""
 
-    params: Params  # float32, leaves [K, ...]
+    params: Params  # float32, leaves [J, ...]
     optimizer_state: Any
     step: Array  # int32 [], updates done
 
@@ -95,7 +95,7 @@ def init(ensemble: PriorEnsemble, rng: Array) -> EnsembleState:
 
 
 def bank(latents: Iterable[LatentState]) -> PriorBatch:
-    """The frames of filtered windows, [B, T, ...] each, but for the first ones, which h knows nothing of."""
+    """The frames of filtered windows, [B, T, ...] each, but for each window's first, of which h knows nothing."""
     frames = [
         PriorBatch(*(np.asarray(x)[:, 1:].reshape(-1, *x.shape[2:]) for x in (latent.deterministic, latent.logits)))
         for latent in latents
@@ -104,11 +104,11 @@ def bank(latents: Iterable[LatentState]) -> PriorBatch:
 
 
 def loss(params: Params, batch: PriorBatch, *, ensemble: PriorEnsemble) -> tuple[Array, Metrics]:
-    """KL(q(z|h,e) || p_k(z|h)) in nats of each member on its own frames, summed over members so that none sees another.
+    """KL(q(z|h,e) || p_j(z|h)) in nats of each member on its own frames, summed over members so that none sees another.
 
     Args:
-      params: leaves [K, ...].
-      batch: leaves [K, B, ...].
+      params: leaves [J, ...].
+      batch: leaves [J, B, ...].
       ensemble: its module.
 
     Returns:
@@ -120,13 +120,20 @@ def loss(params: Params, batch: PriorBatch, *, ensemble: PriorEnsemble) -> tuple
 
 
 def update_from_bank(
-    state: EnsembleState, rows: PriorBatch, rng: Array, *, ensemble: PriorEnsemble, axis_name: str | None = None
+    state: EnsembleState, bank: PriorBatch, rng: Array, *, ensemble: PriorEnsemble, axis_name: str | None = None
 ) -> tuple[EnsembleState, Metrics]:
-    """One step of AdamW for every member, each on `settings.batch_size` rows of the bank that it draws for itself."""
+    """One step of AdamW for every member, each on `settings.batch_size` rows of the bank that it draws for itself.
+
+    Args:
+      state: of all members.
+      bank: M frames.
+      rng: one key.
+      ensemble: its module and settings.
+      axis_name: devices to average gradients over, each with rows of its own.
+    """
     settings = ensemble.settings
-    shape = (settings.num_members, settings.batch_size)
-    chosen = jax.random.randint(rng, shape, 0, len(rows.deterministic))
-    batch = jax.tree.map(lambda x: x[chosen], rows)
+    rows = jax.random.randint(rng, (settings.num_members, settings.batch_size), 0, len(bank.deterministic))
+    batch = jax.tree.map(lambda x: x[rows], bank)
     grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, ensemble=ensemble)
     grads, metrics = pmean(grads, axis_name), pmean(metrics, axis_name)
     updates, optimizer_state = jax.vmap(optimizer(settings).update)(grads, state.optimizer_state, state.params)
@@ -134,28 +141,33 @@ def update_from_bank(
 
 
 def log_probabilities(ensemble: PriorEnsemble, params: Params, deterministic: Array) -> Array:
-    """Log p_k(z | h) of every member: h [..., D] -> float32 [K, ..., S, V]."""
+    """Log p_j(z | h) of every member: h [..., D] -> float32 [J, ..., S, V]."""
     return jax.nn.log_softmax(jax.vmap(ensemble.member.apply, in_axes=(0, None))(params, deterministic))
 
 
-def mixture(log_probabilities: Array) -> Array:
-    """Logits of the mean of the members' distributions, each categorical's by itself: [K, ..., S, V] -> [..., S, V]."""
-    return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(log_probabilities))
+def mixture(log_p: Array) -> Array:
+    """Logits of the mean of the members' distributions, each categorical's by itself: [J, ..., S, V] -> [..., S, V]."""
+    return jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(log_p))
 
 
-def disagreement(log_probabilities: Array) -> Array:
-    """Mutual information of z and the member that it is drawn from (Houlsby et al. 2011): 0 where all say the same.
+def mutual_information(log_p: Array) -> Array:
+    """How much z tells of the member that it is drawn from (Houlsby et al. 2011): 0 where all say the same.
 
     The entropy of the mixture less the members' mean entropy.
 
     Args:
-      log_probabilities: float32 [K, ..., S, V], normalised.
+      log_p: float32 [J, ..., S, V], normalised.
 
     Returns:
-      float32 [...], in nats, summed over the S categoricals; each adds log K at most.
+      float32 [...], in nats, summed over the S categoricals; each adds log J at most.
     """
 
     def entropy(log_p):
         return -jnp.sum(jnp.exp(log_p) * log_p, axis=(-2, -1))
 
-    return entropy(mixture(log_probabilities)) - jnp.mean(entropy(log_probabilities), axis=0)
+    return entropy(mixture(log_p)) - jnp.mean(entropy(log_p), axis=0)
+
+
+def disagreement(ensemble: PriorEnsemble, params: Params, deterministic: Array) -> Array:
+    """The members' mutual information on states: h [..., D] -> float32 [...], in nats."""
+    return mutual_information(log_probabilities(ensemble, params, deterministic))

@@ -2,7 +2,7 @@
 
 What a frame says, its verdict, is the success classifier's (DiWA's default) or, for the hybrid world model, CALVIN's
 oracle's on the scene state that is decoded from the latent, against the one decoded from the episode's first latent.
-Either may be held back where an ensemble disagrees.
+The classifier's may be held back where an ensemble disagrees.
 """
 
 from collections.abc import Callable
@@ -44,15 +44,26 @@ def where_ensemble_agrees(
     Where they disagree imagination is beyond what play has shown, and a success there is not to be trusted.
 
     Args:
-      params: `verdict`, what that one reads; `ensemble`, its parameters; `max_disagreement`, in nats.
+      params: from `agreement_params`.
       feature, first_feature: as for any verdict.
       verdict: the other one.
       ensemble: the priors' module.
     """
     deterministic = feature[..., : ensemble.deterministic_dim]  # features begin with h
-    members = prior_ensemble.log_probabilities(ensemble, params["ensemble"], deterministic)
-    agree = prior_ensemble.disagreement(members) < params["max_disagreement"]
+    agree = prior_ensemble.disagreement(ensemble, params["ensemble"], deterministic) < params["max_disagreement"]
     return verdict(params["verdict"], feature, first_feature) & agree
+
+
+def agreement_params(verdict_params: Params, ensemble_params: Params, max_disagreement: float) -> Params:
+    """What `where_ensemble_agrees` reads: what the other verdict does, the ensemble, and the limit in nats.
+
+    Tasks that are fine-tuned at once have a copy of the ensemble each, small beside all else.
+    """
+    return {
+        "verdict": verdict_params,
+        "ensemble": ensemble_params,
+        "max_disagreement": np.float32(max_disagreement),
+    }
 
 
 def scene_params(world_model_params: Params, task: str) -> Params:

@@ -9,7 +9,7 @@ Axis legend, used in every shape of this project:
     A  action dim (7)                             P  proprioception dim as the network sees it (18)
     D  devices; sizes: deterministic state        S  categorical latents of the RSSM
     V  classes of each latent                     N  updates of one dispatch
-    E  an embedding, of encoder or classifier
+    E  an embedding, of encoder or classifier     J  members of an ensemble
 """
 
 import flax.struct

@@ -31,7 +31,7 @@ class WorldModel:
     proprioception_decoder: MLP
     scene_decoder: MLP
     settings: Any  # FrozenConfigDict, config.world_model
-    prior_ensemble: PriorEnsemble | None = None  # whose mixture is the prior of imagination, where there is one
+    prior_ensemble: PriorEnsemble | None = None  # imagination's prior is its mixture; None: the RSSM's own
 
 
 def build(settings: Any) -> WorldModel:
@@ -201,8 +201,8 @@ def _prior_step(model, params, latent, projected_action, noise) -> LatentState:
 def _imagined_logits(model, params, hidden) -> Array:
     if model.prior_ensemble is None:
         return _rssm(model, params, "prior_logits", hidden)
-    members = prior_ensemble.log_probabilities(model.prior_ensemble, params["prior_ensemble"], hidden)
-    return prior_ensemble.mixture(members)
+    log_p = prior_ensemble.log_probabilities(model.prior_ensemble, params["prior_ensemble"], hidden)
+    return prior_ensemble.mixture(log_p)
 
 
 def observe(model: WorldModel, params: Params, embedding: Array, action: Array, rng: Array) -> LatentState:
@@ -248,15 +248,15 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
     """
 
     def step(rssm_params, latent, projected_action, noise):
-        return _prior_step(model, {"rssm": rssm_params, **ensemble}, latent, projected_action, noise)
+        return _prior_step(model, {**params, "rssm": rssm_params}, latent, projected_action, noise)
 
-    ensemble = {name: params[name] for name in ("prior_ensemble",) if name in params}
     projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
     noise = _noise_of_steps(model, rng, action.shape[1], action.shape[0])
-    return _states_after(model, params, step, latent, projected_action, noise)
+    other_layers = model.prior_ensemble is not None
+    return _states_after(model, params, step, latent, projected_action, noise, other_layers=other_layers)
 
 
-def _states_after(model, params, step, start: LatentState, inputs, noise) -> LatentState:
+def _states_after(model, params, step, start: LatentState, inputs, noise, *, other_layers=False) -> LatentState:
     """The states [B, T, ...] that `step(rssm_params, latent, input, noise) -> latent` makes one after another of B."""
     # Products read z in their own dtype, in which one-hot z is exact, and probabilities are not.
     z_dtype = jnp.float32 if model.settings.soft_prior else model.rssm.dtype
@@ -270,7 +270,7 @@ def _states_after(model, params, step, start: LatentState, inputs, noise) -> Lat
 
     states, logits = recurrence.scan(
         carry_and_logits, params["rssm"], carried(start), inputs, noise, dtype=model.rssm.dtype,
-        other_layers=model.prior_ensemble is not None,
+        other_layers=other_layers,
     )  # fmt: skip
     latents = states.replace(logits=logits, stochastic=states.stochastic.astype(jnp.float32))
     return jax.tree.map(lambda x: x.swapaxes(0, 1), latents)

@@ -1,9 +1,11 @@
-"""CALVIN's scene D with few demonstrations: what PPO in imagination gains in its simulator, WAM and DreamerV2.
+"""CALVIN's scene D with eight demonstrations a task: what PPO in imagination gains in its simulator, by either method.
 
 Command: python -m experiments.reproduce --config=experiments/configs/calvin_transfer.py --workdir=runs/calvin_wam
 --calvin_assets=calvin_env/data --starts=eval_starts.npz
-and, for the baseline, --config=experiments/configs/calvin_transfer.py:dreamer_v2.
-Scores: docs/results/calvin_transfer/. The setting is playtable_transfer.py's, fixed there, with a quarter of its play.
+and, for the baseline on the same data, --config=experiments/configs/calvin_transfer.py:dreamer_v2
+--workdir=runs/calvin_dreamer_v2 --reuse=runs/calvin_wam
+Hardware, hours and scores: docs/results/calvin_transfer/README.md.
+The networks and values of playtable_transfer.py, with a quarter of its play and half of its iterations of PPO.
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +19,6 @@ def get_config(method: str = "wam") -> ConfigDict:
     with config.unlocked():
         config.environment = "calvin"
     config.dataset.update(play_episodes=240, validation_episodes=8)
+    config.ppo.update(num_iterations=40)
     config.evaluation.update(num_episodes=29, batch_size=16)  # CALVIN's start configurations; simulators at once
     return config

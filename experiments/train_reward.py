@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +42,9 @@ def run(config, workdir: str) -> None:
     if config.reward.kind == "scene":
         print("reward.kind='scene': the rule reads what the world model decodes; there is nothing to train")
         return
+    read_limits(workdir)  # what is damaged or missing is named before any work
+    if config.reward.disagreement_quantile:
+        train_world_model.load_ensemble(config, workdir)
     _train(config, workdir)
     if config.reward.disagreement_quantile:
         _limit_disagreement(config, workdir)
@@ -203,9 +207,21 @@ def write_quality(workdir: str, quality: dict) -> None:
 
 
 def read_limits(workdir: str) -> dict[str, float | None]:
-    """Of each task the largest disagreement of the ensemble, in nats, on a frame that counts; None is no limit."""
+    """Of each task the largest disagreement of the ensemble, in nats, on a frame that counts; None is no limit.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
     path = _limits_path(workdir)
-    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+    mend = "delete it and run experiments.train_reward with this config and workdir again"
+    limits = json_files.read(path, mend) if os.path.exists(path) else {}
+    if not isinstance(limits, dict) or not all(map(_is_limit, limits.values())):
+        raise ValueError(f"{path} holds {limits!r}; expected for each task a number of nats, or null; {mend}")
+    return limits
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (type(value) is float and 0 <= value < math.inf)
 
 
 def _write_limits(workdir: str, limits: dict[str, float | None]) -> None:

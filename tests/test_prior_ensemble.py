@@ -260,7 +260,7 @@ def test_a_frame_counts_only_where_the_members_agree():
 
     verdict = functools.partial(reward_rules.where_ensemble_agrees, verdict=exceeds, ensemble=ensemble)
     read = reward_rules.agreement_params(np.float32(-0.5), params, limit)
-    expected = (feature[..., 20] > -0.5) & (np.asarray(found) < limit)
+    expected = (feature[..., 20] > -0.5) & (np.asarray(found) <= limit)
     np.testing.assert_array_equal(verdict(read, feature, feature[0]), expected)
     assert 0 < expected.sum() < (feature[..., 20] > -0.5).sum()
 
@@ -299,7 +299,7 @@ def test_the_limit_is_the_quantile_over_the_successes_that_imagination_shows(rew
     assert read["max_disagreement"] == pytest.approx(limit, rel=1e-5)
     rule = train_reward.rule(config, train_world_model.load(config, workdir)[0])
     feature = np.asarray(rssm.feature(rows.latent, soft=True))
-    expected = positive(feature) & (found < read["max_disagreement"])
+    expected = positive(feature) & (found <= read["max_disagreement"])
     np.testing.assert_array_equal(rule["verdict"](read, feature, feature), expected)
 
 
@@ -314,9 +314,9 @@ def test_where_imagination_shows_no_success_there_is_no_limit(rewarded, capsys):
 def test_a_classifier_that_is_trained_anew_has_its_limit_found_anew(rewarded):
     config, workdir = rewarded(0.5)
     limits = train_reward.read_limits(workdir)
-    json_files.write(f"{workdir}/reward/disagreement.json", {TASK: -1.0})
+    json_files.write(f"{workdir}/reward/disagreement.json", {TASK: 0.5})
     train_reward.run(config, workdir)
-    assert train_reward.read_limits(workdir) == {TASK: -1.0}  # finished work is kept
+    assert train_reward.read_limits(workdir) == {TASK: 0.5}  # finished work is kept
     shutil.rmtree(f"{workdir}/reward/{TASK}")
     train_reward.run(config, workdir)
     assert train_reward.read_limits(workdir) == limits
@@ -327,6 +327,23 @@ def test_a_limit_that_is_missing_is_named(rewarded):
     json_files.write(f"{workdir}/reward/disagreement.json", {})
     with pytest.raises(ValueError, match=f"disagreement.json has no limit for {TASK}; run experiments.train_reward"):
         train_reward.load(config, workdir, TASK)
+
+
+@pytest.mark.parametrize(
+    "body", ["not json", "[]", '["turn_on_led"]', '{"a": "1"}', '{"a": -1.0}', '{"a": NaN}', '{"a": true}']
+)
+def test_damaged_limits_are_named_before_any_work(tmp_path, body):
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward/disagreement.json").write_text(body)
+    with pytest.raises(ValueError, match="disagreement.json .*; delete it and run experiments.train_reward with this"):
+        train_reward.run(FrozenConfigDict(make_config(**{"reward.disagreement_quantile": 0.5})), str(tmp_path))
+
+
+def test_an_ensemble_that_is_missing_is_named_before_any_classifier_is_trained(trained, play, tmp_path):
+    config = make_config(**{"dataset.play": play, "reward.disagreement_quantile": 0.5, "prior_ensemble.imagine": False})
+    with pytest.raises(ValueError, match="prior_ensemble is at step 0 of 4"):
+        train_reward.run(FrozenConfigDict(config), str(tmp_path))
+    assert not (tmp_path / "reward").exists()
 
 
 def test_of_several_processes_one_alone_writes_the_limits(rewarded, monkeypatch):

@@ -50,7 +50,7 @@ def where_ensemble_agrees(
       ensemble: the priors' module.
     """
     deterministic = feature[..., : ensemble.deterministic_dim]  # features begin with h
-    agree = prior_ensemble.disagreement(ensemble, params["ensemble"], deterministic) < params["max_disagreement"]
+    agree = prior_ensemble.disagreement(ensemble, params["ensemble"], deterministic) <= params["max_disagreement"]
     return verdict(params["verdict"], feature, first_feature) & agree
 
 

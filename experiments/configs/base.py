@@ -136,8 +136,8 @@ def get_config(method: str = "wam") -> ConfigDict:
             "use_play": True,  # ours: annotated attempts of play, failures among them, beside the demonstrations
             "use_imagined": False,  # ours; WAM: True, imagination of the same episodes with their labels, beside them
             "threshold": 0.5,  # argmax of two classes
-            # Ours; above 0 a frame counts only where the ensemble disagrees less than at this quantile of the frames of
-            # play's successes, imagined, that the classifier calls solved, too.
+            # Ours; above 0 a frame counts only where the ensemble disagrees no more than at this quantile of the frames
+            # of play's successes, imagined, that the classifier calls solved, too.
             "disagreement_quantile": 0.0,
             "consecutive": 1,  # frames in a row that must say success; DiWA looks at the last frame of a chunk
             "resample_latent": True,  # ours

@@ -250,6 +250,7 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
         ("playtable_transfer/disagreement_2", "differences", (".",)),
+        ("playtable_ensemble/wam_2", "differences", (".",)),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
@@ -268,6 +269,7 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     ("file", "runs", "against"),
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
+        ("playtable_ensemble/wam_2/against.md", ("playtable_ensemble/wam_2",), ("wam_2",)),
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         (

@@ -251,6 +251,9 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
         ("playtable_transfer/disagreement_2", "differences", (".",)),
         ("playtable_ensemble/wam_2", "differences", (".",)),
+        ("playtable_ensemble/wam_3", "differences", (".",)),
+        ("playtable_ensemble", "differences", ("wam_2", "wam_3")),
+        *(("calvin_transfer", table, ("dreamer_v2_1", "wam_1")) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
@@ -270,6 +273,8 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
         ("playtable_ensemble/wam_2/against.md", ("playtable_ensemble/wam_2",), ("wam_2",)),
+        ("playtable_ensemble/wam_3/against.md", ("playtable_ensemble/wam_3",), ("wam_3",)),
+        ("playtable_ensemble/against.md", ("playtable_ensemble/wam_2", "playtable_ensemble/wam_3"), ("wam_2", "wam_3")),
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         (

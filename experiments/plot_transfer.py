@@ -4,13 +4,15 @@ python -m experiments.plot_transfer runs/wam_1 runs/wam_2 --output=transfer.png
 
 Left, success imagined against success outside, an arrow from each cloned policy to what PPO made of it; right, what PPO
 gained outside by what imagination gave the cloned policy. The same in numbers is printed, and written beside the
-picture as Markdown. Read from the runs' config.json and table.json alone; imagination begins where the evaluated
-episodes do.
+picture as Markdown. Read from the runs' config.json and table.json; imagination begins where the evaluated episodes do.
+Where every run has diagnose/trust.json (experiments.diagnose --only=trust), success imagined is also shown corrected
+for how often imagination misses play's successes and makes up others.
 """
 
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +23,7 @@ from absl import flags
 
 from experiments import runs
 from experiments.diagnosis_tables import interval, table
-from wam_jax import cli, intervals, json_files, tables
+from wam_jax import calibration, cli, intervals, json_files, tables
 
 EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
 _LOSS = 0.02  # a task that falls by more has lost
@@ -35,11 +37,24 @@ class Change:
     task: str
     before: tuple[float, float]
     after: tuple[float, float]
+    verdicts: tuple[float, float] | None = None  # of play's successes and of its failures, the share imagined solved
 
     @property
     def gain(self) -> float:
         """In success outside."""
         return self.after[1] - self.before[1]
+
+    @property
+    def corrected(self) -> "Change | None":
+        """With the success imagined that `calibration.corrected` makes of it; None where no verdicts are known."""
+        if self.verdicts is None:
+            return None
+        recall, false_alarms = self.verdicts
+        before, after = (
+            (calibration.corrected(imagined, recall, false_alarms), real)
+            for imagined, real in (self.before, self.after)
+        )
+        return dataclasses.replace(self, before=before, after=after)
 
 
 def main(workdirs: Sequence[str]) -> None:
@@ -81,7 +96,34 @@ def _changes(run: runs.Run) -> list[Change]:
         raise ValueError(f"{run.name}/table.json has no policy that PPO trained; run experiments.evaluate --policy=ppo")
     both = {(task, stage): _rates(run.name, rows.get((task, stage)), task, stage)
             for task in tasks for stage in ("bc", "ppo")}  # fmt: skip
-    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"]) for task in tasks]
+    verdicts = _verdicts(run.name)
+    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], verdicts.get(task)) for task in tasks]
+
+
+def _verdicts(name: str) -> dict[str, tuple[float, float]]:
+    """Of each task's attempts in play, both splits: of successes and of failures, the share imagined solved."""
+    path = os.path.join(name, "diagnose", "trust.json")
+    if not os.path.exists(path):
+        return {}
+    mend = "delete it and run experiments.diagnose --only=trust with the run's config and workdir again"
+    record = json_files.read(path, mend)
+    try:
+        play = {task: [of[split] for split in ("train", "validation")] for task, of in record["units"].items()}
+        shares = {task: _shares(splits) for task, splits in play.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what experiments.diagnose writes ({error!r}); {mend}") from error
+    return {task: both for task, both in shares.items() if both}
+
+
+def _shares(splits: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    """The shares of `_verdicts` over some splits' figures of `trust.agreement`; None without successes or failures."""
+    successes = sum(of["successes"] for of in splits)
+    failures = sum(of["attempts"] for of in splits) - successes
+    if not successes or not failures:
+        return None
+    solved = sum(of["successes"] * (of["successes_imagined"] or 0) for of in splits)
+    seen = sum((of["attempts"] - of["successes"]) * (of["failures_imagined"] or 0) for of in splits)
+    return solved / successes, 1 - seen / failures
 
 
 def _rates(name: str, row: tables.Row | None, task: str, stage: str) -> tuple[float, float]:
@@ -105,13 +147,12 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 def markdown(changes: Sequence[Change]) -> str:
     """The numbers behind the picture."""
-    scopes = {
-        "all policies": [(c.task, *end) for c in changes for end in (c.before, c.after)],
-        "cloned": [(c.task, *c.before) for c in changes],
-        "after PPO": [(c.task, *c.after) for c in changes],
+    scopes = _scopes(changes) | {
         "what PPO changed": [(c.task, c.after[0] - c.before[0], c.gain) for c in changes],
         "imagined of the cloned policy, and gain outside": [(c.task, c.before[0], c.gain) for c in changes],
     }
+    if corrected := _corrected(changes):
+        scopes |= {f"{name}, corrected": points for name, points in _scopes(corrected).items()}
     correlations = [
         [scope, str(len(points)), *(_correlation(points, centred=centred) for centred in (False, True))]
         for scope, points in scopes.items()
@@ -130,6 +171,22 @@ def markdown(changes: Sequence[Change]) -> str:
     ]) + "\n"  # fmt: skip
 
 
+def _corrected(changes: Sequence[Change]) -> list[Change]:
+    """All of them corrected, none where that cannot be done for all."""
+    corrected = [change.corrected for change in changes]
+    return [change for change in corrected if change] if all(corrected) else []
+
+
+def _scopes(changes: Sequence[Change]) -> dict[str, list[tuple[str, float, float]]]:
+    """Task, success imagined and outside of the policies that each row is about; without those that say nothing."""
+    ends = {
+        "all policies": [(c.task, *end) for c in changes for end in (c.before, c.after)],
+        "cloned": [(c.task, *c.before) for c in changes],
+        "after PPO": [(c.task, *c.after) for c in changes],
+    }
+    return {name: [point for point in points if np.isfinite(point[1])] for name, points in ends.items()}
+
+
 def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -> str:
     tasks = dict.fromkeys(task for task, *_ in points)
     groups = [np.array([both for task, *both in points if task == name]) for name in tasks]
@@ -146,22 +203,20 @@ def _line(title: str, changes: Sequence[Change]) -> list[str]:
 
 def draw(changes: Sequence[Change], path: str) -> None:
     """Writes the picture, to a temporary name first."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), constrained_layout=True)
+    scatters = {"success imagined, %": list(changes)}
+    if corrected := _corrected(changes):
+        scatters["success imagined, corrected by play's attempts, %"] = corrected
+    figure, (*lefts, right) = plt.subplots(
+        1, len(scatters) + 1, figsize=(7 * (len(scatters) + 1), 6), constrained_layout=True
+    )
     tasks = list(dict.fromkeys(change.task for change in changes))
     colours = {task: f"C{i}" for i, task in enumerate(tasks)}
-    left.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
+    for axis, (title, points) in zip(lefts, scatters.items(), strict=True):
+        _scatter(axis, points, colours)
+        axis.set_xlabel(title)
     right.axhline(0, color="grey", linewidth=1, linestyle=":")
     for change in changes:
-        before, after = (100 * np.array(end) for end in (change.before, change.after))
-        colour = colours[change.task]
-        left.annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
-        left.plot(*before, "o", markerfacecolor="white", color=colour)
-        left.plot(*after, "o", color=colour)
-        right.plot(before[0], 100 * change.gain, "o", color=colour)
-    left.set(
-        title="hollow: cloned; filled: after PPO in imagination", xlim=(-3, 103), ylim=(-3, 103), aspect="equal",
-        xlabel="success imagined, %", ylabel="success outside, %",
-    )  # fmt: skip
+        right.plot(100 * change.before[0], 100 * change.gain, "o", color=colours[change.task])
     right.set(
         title="what PPO gained", xlim=(-3, 103),
         xlabel="success imagined of the cloned policy, %", ylabel="gain in success outside, points",
@@ -171,6 +226,20 @@ def draw(changes: Sequence[Change], path: str) -> None:
     figure.savefig(path + ".tmp", format="png", dpi=90)
     plt.close(figure)
     os.replace(path + ".tmp", path)
+
+
+def _scatter(axis, changes: Sequence[Change], colours: dict[str, str]) -> None:
+    axis.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
+    for change in (change for change in changes if np.isfinite(change.before).all()):
+        before, after = (100 * np.array(end) for end in (change.before, change.after))
+        colour = colours[change.task]
+        axis.annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
+        axis.plot(*before, "o", markerfacecolor="white", color=colour)
+        axis.plot(*after, "o", color=colour)
+    axis.set(
+        title="hollow: cloned; filled: after PPO in imagination", xlim=(-3, 103), ylim=(-3, 103), aspect="equal",
+        ylabel="success outside, %",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":  # its flags are its own: tests import many binaries into one process

@@ -9,6 +9,7 @@ import pytest
 from made_up_runs import CLOSE, OPEN
 
 from experiments import plot_transfer
+from wam_jax import json_files
 
 
 @pytest.fixture
@@ -74,6 +75,49 @@ def test_what_a_run_lacks_is_named(make_run):
     kept = make_run("b", {OPEN: ((5, 2), (5, 2))}, untrained=[OPEN])
     with pytest.raises(ValueError, match="no policy that PPO trained"):
         plot_transfer.load([kept])
+
+
+def test_success_imagined_is_corrected_by_how_imagination_errs_on_play(make_run, tmp_path):
+    """Shares of play decide: of its successes 0.4 are imagined solved, of its failures 0.1."""
+    run = make_run("a", {OPEN: ((2, 2), (5, 9)), CLOSE: ((2, 4), (9, 8))})
+    write_trust(run, {
+        OPEN: {"train": (10, 4, 10, 1), "validation": (0, 0, 10, 1)},
+        CLOSE: {"train": (5, 5, 5, 0), "validation": (5, 5, 5, 0)},
+    })  # fmt: skip
+    drawer, closing = (change.corrected for change in plot_transfer.load([run]))
+    assert drawer.before == pytest.approx(((0.2 - 0.1) / (0.4 - 0.1), 0.2))
+    assert drawer.after == (1.0, 0.9)  # no more than all
+    assert closing.before == (0.2, 0.4) and closing.after == (0.9, 0.8)  # imagination errs nowhere
+    rows = rows_of(plot_transfer.markdown(plot_transfer.load([run])))
+    assert rows["all policies, corrected"][0] == "4" and rows["cloned, corrected"][0] == "2"
+    plot_transfer.draw(plot_transfer.load([run]), f"{tmp_path}/transfer.png")
+
+    bare = make_run("b", {OPEN: ((2, 2), (5, 9))}, seed=1)  # all or none are corrected
+    assert "all policies, corrected" not in rows_of(plot_transfer.markdown(plot_transfer.load([run, bare])))
+
+    write_trust(run, {OPEN: {"train": (10, 2, 10, 3), "validation": (0, 0, 0, 0)},
+                      CLOSE: {"train": (5, 5, 5, 0), "validation": (5, 5, 5, 0)}})  # fmt: skip
+    says_nothing = plot_transfer.load([run])
+    assert rows_of(plot_transfer.markdown(says_nothing))["all policies, corrected"][0] == "2"
+    plot_transfer.draw(says_nothing, f"{tmp_path}/transfer.png")
+
+    (tmp_path / "a/diagnose/trust.json").write_text('{"units": {"open_drawer": 3}}')
+    with pytest.raises(ValueError, match=r"trust.json is not what experiments.diagnose writes .* delete it"):
+        plot_transfer.load([run])
+
+
+def write_trust(run, counts):
+    """Of each task and split: successes, those imagined solved, failures, those imagined solved."""
+
+    def figures(successes, solved, failures, alarms):
+        return {
+            "attempts": successes + failures, "successes": successes,
+            "successes_imagined": solved / successes if successes else None,
+            "failures_imagined": 1 - alarms / failures if failures else None,
+        }  # fmt: skip
+
+    units = {task: {split: figures(*of) for split, of in splits.items()} for task, splits in counts.items()}
+    json_files.write(f"{run}/diagnose/trust.json", {"units": units})
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,25 @@ def rates(point: Point, starts: str) -> tuple[float, float] | None:
     return None if imagined is None else (imagined / point.episodes, point.real / point.episodes)
 
 
+def corrected(imagined: float, recall: float, false_alarms: float) -> float:
+    """The success that a judge's share of positive verdicts stands for, if it errs as it is known to err.
+
+    Rogan and Gladen 1978, kept within 0 and 1. How imagination errs is known from recorded attempts under their own
+    actions (see trust.py): no step of the environment.
+
+    Args:
+      imagined: share of a policy's episodes that end with success in imagination.
+      recall: share of recorded successes that do.
+      false_alarms: share of recorded failures that do.
+
+    Returns:
+      NaN where failures end with success as often as successes do, so that a verdict says nothing.
+    """
+    if recall <= false_alarms:
+        return float("nan")
+    return min(1.0, max(0.0, (imagined - false_alarms) / (recall - false_alarms)))
+
+
 def table(rates: np.ndarray) -> list[dict[str, float]]:
     """Points [N, 2] (imagined, real) by imagined success: their number and both means; without empty bins."""
     bins = np.clip(np.digitize(rates[:, 0], BINS) - 1, 0, len(BINS) - 2)

@@ -363,11 +363,13 @@ def _diverge(
     windows, solved = _record(config, workdir, options, task, candidate)
     model, params = train_world_model.load(config, workdir)
     filtered = _filter(config, workdir, options, windows)
-    imagined = open_loop.imagined(
-        model, params, windows, jax.random.key(_start_seed(config, options)), first=0, context=1,
+    imagine = functools.partial(
+        open_loop.imagined, model, params, windows, jax.random.key(_start_seed(config, options)), first=0, context=1,
         settings=train_policy.policy_settings(config), horizon=config.evaluation.max_steps,
     )  # fmt: skip
+    imagined = imagine()
     rule = train_reward.rule(config, model)
+    has_robot = config.world_model.robot_state
     fitted, _ = _probes(config, workdir, _window_length(options), options.train_windows)
     episodes = replay.Replay(
         imagined=imagined[:, 1:],
@@ -376,6 +378,7 @@ def _diverge(
         solved=solved[:, 1:],
         imagined_fires=replay.fires(rewards, imagined, **rule),
         filtered_fires=replay.fires(rewards, filtered, **rule),
+        true_robot_fires=replay.fires(rewards, imagine(true_robot=True), **rule) if has_robot else None,
     )
     mechanism, consecutive = probes.task_quantity(task), config.reward.consecutive
     return replay.divergence(episodes, fitted.state, mechanism, consecutive=consecutive, slack=config.policy.chunk)

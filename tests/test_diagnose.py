@@ -1,6 +1,7 @@
 """Diagnoses: what is planted is found. The binary is run in test_binaries.py."""
 
 import dataclasses
+import functools
 import re
 import types
 from unittest import mock
@@ -24,7 +25,7 @@ from experiments import (
     train_reward,
     train_world_model,
 )
-from wam_jax import calibration, evaluation, intervals, json_files, open_loop, ppo, probes, replay, trust
+from wam_jax import calibration, evaluation, intervals, json_files, open_loop, ppo, probes, replay, specs, trust
 from wam_jax.calibration import Point
 
 quick_compilation = helpers.quick_compilation
@@ -195,7 +196,7 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     fires[0, 7:] = fires[1, 2:] = fires[3, 8:] = True  # on time (4 in a row), early, never, made up, rightly never
     identity = probes.Probe(np.eye(columns), np.zeros(columns), 0.0)
     found = replay.divergence(
-        replay.Replay(imagined, state, state, solved, fires, solved), identity, probes.quantity("drawer"),
+        replay.Replay(imagined, state, state, solved, fires, solved, ~fires), identity, probes.quantity("drawer"),
         consecutive=4, slack=2,
     )  # fmt: skip
     assert (found["real"], found["rule_on_real_frames"], found["rule_on_imagination"]) == (3, 3, 3)
@@ -205,6 +206,8 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     assert failure["verdicts"] == {"agree": 1, "early": 0, "late": 0, "missed": 0, "made up": 1}
     assert success["disagreement"] == {"episodes": 2, "of": 3, "median_step": 9.5}  # steps 3 and 16
     assert success["parting"] == {"episodes": 2, "of": 3, "median_step": 11}  # the first has ended before
+    assert (success["rule_on_imagination"], failure["rule_on_imagination"]) == (2, 1)
+    assert (success["rule_with_true_robot"], failure["rule_with_true_robot"]) == (3, 2)  # early, too, is solved
     hand = failure["errors"]["hand"]
     assert hand["imagined"]["mean"] == [7] * 2 + [0] * 8 + [7] * 10 and hand["filtered"]["mean"] == [0] * steps
     assert np.isnan(success["errors"]["mechanism"]["imagined"]["mean"][16:]).all()
@@ -358,3 +361,18 @@ def test_imagination_of_a_context_begins_where_the_filter_is():
     helpers.assert_equal(
         open_loop.imagined(model, params, windows, rng, settings=settings, first=4, context=3, horizon=2), inside
     )
+
+
+def test_imagination_of_recordings_may_move_the_robot_as_recorded():
+    model = helpers.make_model(robot_state=True)
+    params, steps = helpers.make_state(model).params, helpers.make_steps()
+    windows, settings = open_loop.encode(model, params, [steps]), FrozenConfigDict({"soft_feature": True})
+    imagine = functools.partial(
+        open_loop.imagined, model, params, windows, jax.random.key(0), settings=settings, first=1, context=2, horizon=2
+    )
+    recorded = specs.proprioception(steps.observation.robot_obs)[:, 1:4]  # frames 1, seen, to 3
+    robot = imagine(true_robot=True)[..., -specs.PROPRIOCEPTION_DIM :]
+    helpers.assert_close(robot, recorded, atol=1e-6)
+    free = imagine()[..., -specs.PROPRIOCEPTION_DIM :]
+    helpers.assert_close(free[:, 0], recorded[:, 0], atol=1e-6)
+    assert np.abs(free[:, 1:] - recorded[:, 1:]).max() > 1e-3

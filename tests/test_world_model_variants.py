@@ -75,6 +75,29 @@ def test_the_robots_own_state_is_measured_while_observing_and_moved_by_what_h_ex
     assert_equal(jax.jit(forward)(weights, changed)[1].robot, imagined.robot)  # imagination sees the first frame alone
 
 
+def test_imagination_may_follow_the_robot_as_recorded():
+    """Each step is then that of imagination begun anew from the one before with the recorded state."""
+    model, batch = make_model(robot_state=True, soft_prior=True), make_steps()  # expected z: no noise
+    weights = make_state(model).params
+    robot = specs.proprioception(batch.observation.robot_obs)
+
+    def forward(weights, batch):
+        embedding = world_model.embed(model, weights, batch.observation)
+        posterior = world_model.observe(model, weights, embedding, batch.action, jax.random.key(0))
+        start = jax.tree.map(lambda x: x[:, 0], posterior)
+        imagine = functools.partial(world_model.imagine, model, weights, rng=jax.random.key(1))
+        followed = imagine(start, batch.action[:, :2], robot=robot[:, 1:3])
+        first = jax.tree.map(lambda x: x[:, 0], imagine(start, batch.action[:, :1]))
+        second = imagine(first.replace(robot=robot[:, 1]), batch.action[:, 1:2])
+        return followed, first, second, imagine(start, batch.action[:, :2])
+
+    followed, first, second, free = jax.jit(forward)(weights, batch)
+    np.testing.assert_array_equal(followed.robot, robot[:, 1:3])
+    np.testing.assert_allclose(followed.deterministic[:, 0], first.deterministic, atol=1e-5)
+    np.testing.assert_allclose(followed.deterministic[:, 1], second.deterministic[:, 0], atol=1e-5)
+    assert np.abs(followed.deterministic[:, 1] - free.deterministic[:, 1]).max() > 1e-3
+
+
 def test_the_robots_own_state_must_be_seen():
     with pytest.raises(ValueError, match="needs proprioception_input=True"):
         make_model(robot_state=True, proprioception_input=False)

@@ -64,6 +64,7 @@ def imagined(
     first: int,
     context: int,
     horizon: int,
+    true_robot: bool = False,
 ) -> np.ndarray:
     """What they see while the model imagines with the true actions.
 
@@ -75,13 +76,18 @@ def imagined(
       first: the last frame that is seen; imagination begins after it.
       context: frames that are filtered, up to that one.
       horizon: H, steps to imagine.
+      true_robot: with the robot's states as recorded, too, of a model that carries them: see `world_model.imagine`.
 
     Returns:
       features [W, H + 1, state_dim]: the posterior of frame `first`, then of each imagined step.
     """
     imagine = functools.partial(_imagine(model, settings), params, rng)
     seen, taken = slice(first + 1 - context, first + 1), slice(first, first + horizon)
-    return _in_batches(imagine, windows.embedding[:, seen], windows.action[:, seen], windows.action[:, taken])
+    inputs = [windows.embedding[:, seen], windows.action[:, seen], windows.action[:, taken]]
+    if true_robot:
+        following = windows.embedding[:, first + 1 : first + 1 + horizon]
+        inputs.append(np.asarray(world_model.measured_robot(model, following)))
+    return _in_batches(imagine, *inputs)
 
 
 def fit_probes(windows: Windows, features: np.ndarray) -> Probes:
@@ -202,11 +208,11 @@ def _filter(model: WorldModel, settings: Any):
 @functools.lru_cache(maxsize=8)
 def _imagine(model: WorldModel, settings: Any):
     @jax.jit
-    def run(params, rng, embedding, seen_action, action):
+    def run(params, rng, embedding, seen_action, action, robot=None):
         observe_rng, imagine_rng = jax.random.split(rng)
         posterior = world_model.observe(model, params, embedding, seen_action, observe_rng)
         start = jax.tree.map(lambda x: x[:, -1], posterior)
-        steps = world_model.imagine(model, params, start, action, imagine_rng)
+        steps = world_model.imagine(model, params, start, action, imagine_rng, robot)
         film = jax.tree.map(lambda x, y: jnp.concatenate([x[:, None], y], axis=1), start, steps)
         return diffusion_policy.features(film, settings=settings)
 

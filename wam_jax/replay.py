@@ -139,6 +139,8 @@ class Replay:
     solved: np.ndarray  # bool [B, T], the oracle's verdict
     imagined_fires: np.ndarray  # bool [B, T], the reward rule on `imagined`
     filtered_fires: np.ndarray  # bool [B, T], on `filtered`
+    # bool [B, T], on imagination whose robot moves as recorded; None for models that do not carry its state
+    true_robot_fires: np.ndarray | None = None
 
 
 def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive: int, slack: int) -> dict[str, Any]:
@@ -153,8 +155,9 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
 
     Returns:
       for "success" and "failure": errors by step while the episode runs, the step at which the hands part for good, and
-      the first step at which rule and oracle disagree. Besides, the successes of all episodes by oracle, by the
-      rule on the real frames, and by the rule on imagined ones.
+      the first step at which rule and oracle disagree, and how many the rule on imagination calls solved, as it is and
+      with the robot's recorded states (None where there are none). Besides, the successes of all episodes by oracle, by
+      the rule on the real frames, and by the rule on imagined ones.
     """
     real, rule = first_true(replay.solved), first_true(replay.imagined_fires)
     succeeded = real != _NEVER
@@ -189,11 +192,17 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
                 "parting": _first_steps(parted[rows]),
                 "verdicts": {kind: int((kinds[rows] == kind).sum()) for kind in VERDICTS},
                 "disagreement": _first_steps(steps[rows]),
+                "rule_on_imagination": _solved(replay.imagined_fires, rows),
+                "rule_with_true_robot": _solved(replay.true_robot_fires, rows),
             }
             for group, rows in groups.items()
             if len(rows)
         },
     }
+
+
+def _solved(fires: np.ndarray | None, rows: np.ndarray) -> int | None:
+    return None if fires is None else int(fires[rows].any(axis=1).sum())
 
 
 # The rule on imagination beside the oracle: made up: it alone fires; missed: it never does; early, late: by more than

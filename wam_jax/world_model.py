@@ -143,7 +143,7 @@ def observe_step(
     projected_action = _project_action(model, params, action, latent.robot)
     embedding = embed(model, params, observation)
     projected_embedding = _rssm(model, params, "project_embedding", embedding)
-    robot = _measured_robot(model, embedding)
+    robot = measured_robot(model, embedding)
     noise = _noise(model, rng, len(action))
     return _posterior_step(model, params, latent, projected_action, projected_embedding, robot, noise)
 
@@ -163,8 +163,8 @@ def _project_action(model, params, action, robot) -> Array:
     return projected if robot is None else projected + _rssm(model, params, "project_robot", robot)
 
 
-def _measured_robot(model, embedding) -> Array | None:
-    """The proprioception that every embedding ends with, for models whose state has the robot's own.
+def measured_robot(model: WorldModel, embedding: Array) -> Array | None:
+    """The proprioception that every embedding [..., E] ends with, [..., P], for models whose state has the robot's own.
 
     It was rounded to the compute dtype there: in bfloat16 by about a thousandth of the range.
     """
@@ -220,7 +220,7 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     batch_size, length = embedding.shape[:2]
     neutral = jnp.broadcast_to(jnp.asarray(specs.NEUTRAL_ACTION), (batch_size, 1, specs.ACTION_DIM))
     previous_action = jnp.concatenate([neutral, action[:, :-1]], axis=1)
-    robot = _measured_robot(model, embedding)
+    robot = measured_robot(model, embedding)
     previous_robot = None if robot is None else jnp.pad(robot[:, :-1], ((0, 0), (1, 0), (0, 0)))
     # Both products are independent of the recurrence: one matrix product for all steps, outside the scan.
     projected_action = _project_action(model, params, previous_action, previous_robot)
@@ -234,7 +234,9 @@ def observe(model: WorldModel, params: Params, embedding: Array, action: Array, 
     return _states_after(model, params, step, initial(model, params, batch_size), time_major, noise)
 
 
-def imagine(model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array) -> LatentState:
+def imagine(
+    model: WorldModel, params: Params, latent: LatentState, action: Array, rng: Array, robot: Array | None = None
+) -> LatentState:
     """Open loop: imagines H steps under given actions.
 
     Args:
@@ -242,18 +244,23 @@ def imagine(model: WorldModel, params: Params, latent: LatentState, action: Arra
       latent: B start states.
       action: float32 [B, H, 7]; action[0] is taken in the start state.
       rng: key for z.
+      robot: float32 [B, H, P], the robot's states after the actions, for models that carry it, in place of the imagined
+        ones: what is left to imagine is the scene.
 
     Returns:
       prior states after each action, [B, H, ...].
     """
 
-    def step(rssm_params, latent, projected_action, noise):
-        return _prior_step(model, {**params, "rssm": rssm_params}, latent, projected_action, noise)
+    def step(rssm_params, latent, inputs, noise):
+        projected_action, robot = inputs
+        latent = _prior_step(model, {**params, "rssm": rssm_params}, latent, projected_action, noise)
+        return latent if robot is None else latent.replace(robot=robot)
 
-    projected_action = _rssm(model, params, "project_action", action).swapaxes(0, 1)  # of all steps, outside the scan
+    projected_action = _rssm(model, params, "project_action", action)  # of all steps, outside the scan
+    inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (projected_action, robot))
     noise = _noise_of_steps(model, rng, action.shape[1], action.shape[0])
     other_layers = model.prior_ensemble is not None
-    return _states_after(model, params, step, latent, projected_action, noise, other_layers=other_layers)
+    return _states_after(model, params, step, latent, inputs, noise, other_layers=other_layers)
 
 
 def _states_after(model, params, step, start: LatentState, inputs, noise, *, other_layers=False) -> LatentState:

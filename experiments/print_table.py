@@ -14,7 +14,7 @@ dreamer_v2 where both are there, or the runs named minus those of --against, wha
 
 python -m experiments.print_table --table=differences runs/dreamer_v2_seed_0 runs/wam_seed_0
 python -m experiments.print_table --table=differences runs/ours_seed_0 runs/ours_seed_1 \
-    --against=runs/base_seed_0,runs/base_seed_1
+    --against=runs/base_seed_0,runs/base_seed_1 [--tasks=open_drawer,turn_on_led]
 """
 
 import collections
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     output = _OUTPUT.value
     check_output(output)
     text, values = build(
-        _TABLE.value, argv, pool_seeds=_POOL_SEEDS.value, apart=_APART.value, against=_AGAINST.value
+        _TABLE.value, argv, pool_seeds=_POOL_SEEDS.value, apart=_APART.value, against=_AGAINST.value,
+        tasks=_TASKS.value,
     )  # fmt: skip
     print(text)
     if output:
@@ -69,6 +70,7 @@ def build(
     pool_seeds: bool = False,
     apart: Sequence[str] = (),
     against: Sequence[str] = (),
+    tasks: Sequence[str] = (),
 ) -> tuple[str, Any]:
     """A table as Markdown and as what JSON keeps of it.
 
@@ -78,6 +80,7 @@ def build(
       pool_seeds: "success" alone: runs of one config that differ in their seed are one column.
       apart: names of config values that tell columns apart, besides environment and method.
       against: "differences" alone: workdirs of the runs to subtract.
+      tasks: with `against`: those to compare, where one side has more of them; none are all.
 
     Raises:
       ValueError: a run is missing or of another config than the others of its column, or an option does not belong to
@@ -92,6 +95,8 @@ def build(
     ):
         if there and table not in wanted:
             raise ValueError(f"--{name} belongs to --table={tables.join(wanted)}, not to {table}; leave it out")
+    if tasks and not against:
+        raise ValueError("--tasks belongs to --against, where one side has more tasks than the other; leave it out")
     if table == "prediction":
         found = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in workdirs}
         return prediction_tables.markdown(found), {name: results["metrics"] for name, results in found.items()}
@@ -107,7 +112,7 @@ def build(
         return tables.markdown(rows, outcomes), [dataclasses.asdict(row) for row in rows]
     groups = runs.gather([runs.load(workdir) for workdir in workdirs], apart or ("ppo.rollouts",))
     if table == "differences":
-        values = _compare_with(groups, against, apart) if against else _compare_within(groups)
+        values = _compare_with(groups, against, apart, tasks) if against else _compare_within(groups)
         return differences.markdown(values), values
     values = success_tables.compute(table, [_column(group, table) for group in groups], runs.config_notes(groups))
     return success_tables.markdown(values), values
@@ -179,8 +184,10 @@ def _compare_within(groups: Sequence[runs.Group]) -> dict[str, Any]:
     return differences.compute(columns, notes)
 
 
-def _compare_with(groups: Sequence[runs.Group], against: Sequence[str], apart: Sequence[str]) -> dict[str, Any]:
-    """The group named minus that of --against, at every stage that both have."""
+def _compare_with(
+    groups: Sequence[runs.Group], against: Sequence[str], apart: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """The group named minus that of --against, at every stage that both have, on all tasks or those named."""
     others = runs.gather([runs.load(workdir) for workdir in against], apart)
     for name, found in (("the runs named", groups), ("--against", others)):
         if len(found) > 1:
@@ -191,11 +198,23 @@ def _compare_with(groups: Sequence[runs.Group], against: Sequence[str], apart: S
     if not both:
         raise ValueError(f"{first.runs[0].name} and {second.runs[0].name} have no stage in common; evaluate both")
     columns = [_pair(f"{first.title}, {stage}: first - second", (first, stage), (second, stage)) for stage in both]
+    columns = [_of_tasks(column, tasks) for column in columns] if tasks else columns
     names = [", ".join(run.name for run in group.runs) for group in (first, second)]
     changed = config_values.differing(first.config, second.config)
-    texts = [f"{key} ({one!r}, {other!r})" for key, (one, other) in changed.items() if key != "seed"]
+    alike = {"seed", "tasks"} if tasks else {"seed"}
+    texts = [f"{key} ({one!r}, {other!r})" for key, (one, other) in changed.items() if key not in alike]
     note = f"First: {names[0]}. Second: {names[1]}. Their configs differ in {', '.join(texts) or 'nothing'}."
     return differences.compute(columns, [note])
+
+
+def _of_tasks(comparison: differences.Comparison, tasks: Sequence[str]) -> differences.Comparison:
+    sides = (comparison.first, comparison.second)
+    for task in tasks:
+        if any(task not in side for side in sides):
+            there = ", ".join(sorted(sides[0].keys() & sides[1].keys())) or "none"
+            raise ValueError(f"--tasks={task}: {comparison.title} has not both sides of it, but of {there}")
+    first, second = ({task: side[task] for task in tasks} for side in sides)
+    return dataclasses.replace(comparison, first=first, second=second, untrained=comparison.untrained & {*tasks})
 
 
 def _pair(title: str, first: tuple[runs.Group, str], second: tuple[runs.Group, str]) -> differences.Comparison:
@@ -218,5 +237,8 @@ if __name__ == "__main__":
     _POOL_SEEDS = flags.DEFINE_bool("pool_seeds", False, "Gather runs of one config that differ in their seed")
     _APART = flags.DEFINE_list("apart", [], "Config values that tell columns apart, comma separated: ppo.rollouts,...")
     _AGAINST = flags.DEFINE_list("against", [], "Of --table=differences: workdirs to subtract, comma separated")
+    _TASKS = flags.DEFINE_list(
+        "tasks", [], "With --against: tasks to compare, where one side has more, comma separated"
+    )
     _OUTPUT = flags.DEFINE_string("output", "", "File to write as well: .md, or .json with unrounded numbers")
     cli.run(main, takes="workdirs")

@@ -101,6 +101,21 @@ def test_a_seed_is_drawn_for_all_tasks_together(make_run):
     assert (mean["mean"], mean["low"], mean["high"]) == (50, 0, 100)
 
 
+def test_an_ablation_on_some_tasks_is_compared_on_those(make_run):
+    both = make_run("a", {"ppo": {OPEN: of(8), CLOSE: of(9)}}, **{"ppo.bc_weight": 0.5})
+    some = make_run("b", {"ppo": {OPEN: of(3)}}, tasks=(OPEN,))
+    with pytest.raises(ValueError, match="close_drawer on one side alone"):
+        print_table.build("differences", [both], against=[some])
+    text, _ = print_table.build("differences", [both], against=[some], tasks=[OPEN])
+    assert lines(text)["open drawer"][0].startswith("+50.0") and "close drawer" not in lines(text)
+    assert lines(text)["**mean**"][0].startswith("+50.0")
+    assert "configs differ in ppo.bc_weight (0.5, 0.025)." in text
+    with pytest.raises(ValueError, match="--tasks=close_drawer: .* has not both sides of it, but of open_drawer"):
+        print_table.build("differences", [both], against=[some], tasks=[CLOSE])
+    with pytest.raises(ValueError, match="--tasks belongs to --against"):
+        print_table.build("differences", [both], tasks=[OPEN])
+
+
 def test_the_runs_named_minus_those_of_against(make_run):
     base = make_run("base", {"bc": {OPEN: of(2)}, "ppo": {OPEN: of(4)}}, **{"world_model.open_loop_weight": 0.5})
     ours = make_run("ours", {"bc": {OPEN: of(5)}, "ppo": {OPEN: of(3)}}, **{"world_model.open_loop_weight": 2.0})

@@ -229,6 +229,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
+ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2")
 
 
 @pytest.mark.parametrize(
@@ -250,9 +251,9 @@ THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") fo
         ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
         ("playtable_transfer/disagreement_2", "differences", (".",)),
-        ("playtable_ensemble/wam_2", "differences", (".",)),
-        ("playtable_ensemble/wam_3", "differences", (".",)),
-        ("playtable_ensemble", "differences", ("wam_2", "wam_3")),
+        *((f"playtable_ensemble/{run}", "differences", (".",)) for run in ENSEMBLE_RUNS),
+        ("playtable_ensemble", "differences", ("wam_1", "wam_2", "wam_3")),
+        ("playtable_ensemble/methods", "differences", ("../dreamer_v2_2", "../wam_2")),
         *(("calvin_transfer", table, ("dreamer_v2_1", "wam_1")) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
@@ -272,9 +273,12 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     ("file", "runs", "against"),
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
-        ("playtable_ensemble/wam_2/against.md", ("playtable_ensemble/wam_2",), ("wam_2",)),
-        ("playtable_ensemble/wam_3/against.md", ("playtable_ensemble/wam_3",), ("wam_3",)),
-        ("playtable_ensemble/against.md", ("playtable_ensemble/wam_2", "playtable_ensemble/wam_3"), ("wam_2", "wam_3")),
+        *((f"playtable_ensemble/{run}/against.md", (f"playtable_ensemble/{run}",), (run,)) for run in ENSEMBLE_RUNS),
+        (
+            "playtable_ensemble/against.md",
+            tuple(f"playtable_ensemble/wam_{seed}" for seed in (1, 2, 3)),
+            ("wam_1", "wam_2", "wam_3"),
+        ),
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         (
@@ -302,6 +306,15 @@ def test_the_published_differences_of_two_configs_are_those_of_the_command(monke
     second = [f"docs/results/{run if '/' in run else f'playtable_transfer/{run}'}" for run in against]
     text = print_table.build("differences", first, against=second)[0]
     assert Path(f"docs/results/{file}").read_text() == text
+
+
+@pytest.mark.parametrize("part", ["limit_2"])
+def test_the_published_ablations_are_those_of_the_command(monkeypatch, part):
+    monkeypatch.chdir(helpers.ROOT)
+    folder = Path("docs/results/playtable_ensemble")
+    tasks = ("open_drawer", "move_slider_left", "turn_on_lightbulb", "turn_on_led")
+    runs = {"workdirs": [f"{folder}/wam_2"], "against": [f"{folder}/{part}"]}
+    assert (folder / part / "against.md").read_text() == print_table.build("differences", **runs, tasks=tasks)[0]
 
 
 def test_the_command_writes_what_it_prints(make_run, tmp_path):

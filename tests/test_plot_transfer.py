@@ -11,6 +11,8 @@ from made_up_runs import CLOSE, OPEN
 from experiments import plot_transfer
 from wam_jax import json_files
 
+WAM = ["wam_1", "wam_2", "wam_3"]
+
 
 @pytest.fixture
 def make_run(tmp_path):
@@ -121,13 +123,14 @@ def write_trust(run, counts):
 
 
 @pytest.mark.parametrize(
-    ("folder", "methods", "text"),
+    ("folder", "names", "text"),
     [
-        ("playtable_transfer", ("dreamer_v2", "wam"), "three_seeds/transfer.md"),
-        ("playtable_best", ("wam",), "transfer.md"),
+        ("playtable_transfer", ["dreamer_v2_1", "dreamer_v2_2", "dreamer_v2_3", *WAM], "three_seeds/transfer.md"),
+        ("playtable_best", WAM, "transfer.md"),
+        ("playtable_ensemble", ["dreamer_v2_2", *WAM], "transfer.md"),
     ],
 )
-def test_the_published_numbers_are_those_of_the_command(folder, methods, text):
+def test_the_published_numbers_are_those_of_the_command(folder, names, text):
     folder = helpers.ROOT / "docs/results" / folder
-    runs = [str(folder / f"{method}_{seed}") for method in methods for seed in (1, 2, 3)]
-    assert (folder / text).read_text() == plot_transfer.markdown(plot_transfer.load(runs))
+    loaded = plot_transfer.load([str(folder / name) for name in names])
+    assert (folder / text).read_text() == plot_transfer.markdown(loaded)

@@ -378,7 +378,7 @@ def _diverge(
         solved=solved[:, 1:],
         imagined_fires=replay.fires(rewards, imagined, **rule),
         filtered_fires=replay.fires(rewards, filtered, **rule),
-        true_robot_fires=replay.fires(rewards, imagine(true_robot=True), **rule) if has_robot else None,
+        recorded_robot_fires=replay.fires(rewards, imagine(recorded_robot=True), **rule) if has_robot else None,
     )
     mechanism, consecutive = probes.task_quantity(task), config.reward.consecutive
     return replay.divergence(episodes, fitted.state, mechanism, consecutive=consecutive, slack=config.policy.chunk)

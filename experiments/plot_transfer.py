@@ -5,8 +5,8 @@ python -m experiments.plot_transfer runs/wam_1 runs/wam_2 --output=transfer.png
 Left, success imagined against success outside, an arrow from each cloned policy to what PPO made of it; right, what PPO
 gained outside by what imagination gave the cloned policy. The same in numbers is printed, and written beside the
 picture as Markdown. Read from the runs' config.json and table.json; imagination begins where the evaluated episodes do.
-Where every run has diagnose/trust.json (experiments.diagnose --only=trust), success imagined is also shown corrected
-for how often imagination misses play's successes and makes up others.
+Where every run has diagnose/trust.json (experiments.diagnose --only=trust) with successes and failures of each task,
+success imagined is also shown corrected for how often imagination misses play's successes and makes up others.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Change:
     task: str
     before: tuple[float, float]
     after: tuple[float, float]
-    verdicts: tuple[float, float] | None = None  # of play's successes and of its failures, the share imagined solved
+    recall_and_false_alarms: tuple[float, float] | None = None  # of imagination, on play's successes and failures
 
     @property
     def gain(self) -> float:
@@ -46,10 +46,10 @@ class Change:
 
     @property
     def corrected(self) -> "Change | None":
-        """With the success imagined that `calibration.corrected` makes of it; None where no verdicts are known."""
-        if self.verdicts is None:
+        """With the success imagined that `calibration.corrected` makes of it; None where they are not known."""
+        if self.recall_and_false_alarms is None:
             return None
-        recall, false_alarms = self.verdicts
+        recall, false_alarms = self.recall_and_false_alarms
         before, after = (
             (calibration.corrected(imagined, recall, false_alarms), real)
             for imagined, real in (self.before, self.after)
@@ -64,6 +64,9 @@ def main(workdirs: Sequence[str]) -> None:
         raise ValueError(f"--output={path} is a folder or does not end in .png; name the picture to write")
     changes = load(workdirs)
     text = markdown(changes)
+    lacking = list(dict.fromkeys(change.run for change in changes if not change.recall_and_false_alarms))
+    if 0 < len(lacking) < len(workdirs):
+        print(f"nothing is corrected: no diagnose/trust.json, or none of all tasks, in {', '.join(lacking)}\n")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     draw(changes, path)
     json_files.write_text(path.removesuffix(".png") + ".md", text)
@@ -96,11 +99,11 @@ def _changes(run: runs.Run) -> list[Change]:
         raise ValueError(f"{run.name}/table.json has no policy that PPO trained; run experiments.evaluate --policy=ppo")
     both = {(task, stage): _rates(run.name, rows.get((task, stage)), task, stage)
             for task in tasks for stage in ("bc", "ppo")}  # fmt: skip
-    verdicts = _verdicts(run.name)
-    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], verdicts.get(task)) for task in tasks]
+    errors = _recall_and_false_alarms(run.name)
+    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], errors.get(task)) for task in tasks]
 
 
-def _verdicts(name: str) -> dict[str, tuple[float, float]]:
+def _recall_and_false_alarms(name: str) -> dict[str, tuple[float, float]]:
     """Of each task's attempts in play, both splits: of successes and of failures, the share imagined solved."""
     path = os.path.join(name, "diagnose", "trust.json")
     if not os.path.exists(path):
@@ -116,7 +119,7 @@ def _verdicts(name: str) -> dict[str, tuple[float, float]]:
 
 
 def _shares(splits: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """The shares of `_verdicts` over some splits' figures of `trust.agreement`; None without successes or failures."""
+    """Both shares over some splits' figures of `trust.agreement`; None without successes or failures."""
     successes = sum(of["successes"] for of in splits)
     failures = sum(of["attempts"] for of in splits) - successes
     if not successes or not failures:
@@ -174,7 +177,7 @@ def markdown(changes: Sequence[Change]) -> str:
 def _corrected(changes: Sequence[Change]) -> list[Change]:
     """All of them corrected, none where that cannot be done for all."""
     corrected = [change.corrected for change in changes]
-    return [change for change in corrected if change] if all(corrected) else []
+    return [change for change in corrected if change] if None not in corrected else []
 
 
 def _scopes(changes: Sequence[Change]) -> dict[str, list[tuple[str, float, float]]]:
@@ -190,7 +193,8 @@ def _scopes(changes: Sequence[Change]) -> dict[str, list[tuple[str, float, float
 def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -> str:
     tasks = dict.fromkeys(task for task, *_ in points)
     groups = [np.array([both for task, *both in points if task == name]) for name in tasks]
-    return interval(intervals.of_groups(intervals.pearson, groups, centred=centred))
+    found = intervals.of_groups(intervals.pearson, groups, centred=centred)
+    return interval(found) if np.isfinite(found["low"]) else "-"
 
 
 def _line(title: str, changes: Sequence[Change]) -> list[str]:

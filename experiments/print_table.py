@@ -80,7 +80,7 @@ def build(
       pool_seeds: "success" alone: runs of one config that differ in their seed are one column.
       apart: names of config values that tell columns apart, besides environment and method.
       against: "differences" alone: workdirs of the runs to subtract.
-      tasks: with `against`: those to compare, where one side has more of them; none are all.
+      tasks: with `against`: those to compare, where one side has more of them; all where none is named.
 
     Raises:
       ValueError: a run is missing or of another config than the others of its column, or an option does not belong to
@@ -201,8 +201,8 @@ def _compare_with(
     columns = [_of_tasks(column, tasks) for column in columns] if tasks else columns
     names = [", ".join(run.name for run in group.runs) for group in (first, second)]
     changed = config_values.differing(first.config, second.config)
-    alike = {"seed", "tasks"} if tasks else {"seed"}
-    texts = [f"{key} ({one!r}, {other!r})" for key, (one, other) in changed.items() if key not in alike]
+    unsaid = {"seed", "tasks"} if tasks else {"seed"}
+    texts = [f"{key} ({one!r}, {other!r})" for key, (one, other) in changed.items() if key not in unsaid]
     note = f"First: {names[0]}. Second: {names[1]}. Their configs differ in {', '.join(texts) or 'nothing'}."
     return differences.compute(columns, [note])
 

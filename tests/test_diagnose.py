@@ -194,9 +194,11 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     solved, fires = np.zeros((2, 5, steps), bool)
     solved[0, 4:] = solved[1, 15:] = solved[2, 15:] = True  # at steps 5, 16, 16; the others fail
     fires[0, 7:] = fires[1, 2:] = fires[3, 8:] = True  # on time (4 in a row), early, never, made up, rightly never
+    recorded = np.zeros_like(fires)
+    recorded[2, 9] = True
     identity = probes.Probe(np.eye(columns), np.zeros(columns), 0.0)
     found = replay.divergence(
-        replay.Replay(imagined, state, state, solved, fires, solved, ~fires), identity, probes.quantity("drawer"),
+        replay.Replay(imagined, state, state, solved, fires, solved, recorded), identity, probes.quantity("drawer"),
         consecutive=4, slack=2,
     )  # fmt: skip
     assert (found["real"], found["rule_on_real_frames"], found["rule_on_imagination"]) == (3, 3, 3)
@@ -206,8 +208,8 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     assert failure["verdicts"] == {"agree": 1, "early": 0, "late": 0, "missed": 0, "made up": 1}
     assert success["disagreement"] == {"episodes": 2, "of": 3, "median_step": 9.5}  # steps 3 and 16
     assert success["parting"] == {"episodes": 2, "of": 3, "median_step": 11}  # the first has ended before
-    assert (success["rule_on_imagination"], failure["rule_on_imagination"]) == (2, 1)
-    assert (success["rule_with_true_robot"], failure["rule_with_true_robot"]) == (3, 2)  # early, too, is solved
+    counts = ("rule_on_real_frames", "rule_on_imagination", "rule_with_recorded_robot")
+    assert [success[name] for name in counts] == [3, 2, 1] and [failure[name] for name in counts] == [0, 1, 0]
     hand = failure["errors"]["hand"]
     assert hand["imagined"]["mean"] == [7] * 2 + [0] * 8 + [7] * 10 and hand["filtered"]["mean"] == [0] * steps
     assert np.isnan(success["errors"]["mechanism"]["imagined"]["mean"][16:]).all()
@@ -371,8 +373,12 @@ def test_imagination_of_recordings_may_move_the_robot_as_recorded():
         open_loop.imagined, model, params, windows, jax.random.key(0), settings=settings, first=1, context=2, horizon=2
     )
     recorded = specs.proprioception(steps.observation.robot_obs)[:, 1:4]  # frames 1, seen, to 3
-    robot = imagine(true_robot=True)[..., -specs.PROPRIOCEPTION_DIM :]
+    robot = imagine(recorded_robot=True)[..., -specs.PROPRIOCEPTION_DIM :]
     helpers.assert_close(robot, recorded, atol=1e-6)
     free = imagine()[..., -specs.PROPRIOCEPTION_DIM :]
     helpers.assert_close(free[:, 0], recorded[:, 0], atol=1e-6)
     assert np.abs(free[:, 1:] - recorded[:, 1:]).max() > 1e-3
+    bare = helpers.make_model()
+    with pytest.raises(ValueError, match="robot_state=False: this model carries no state of the robot"):
+        open_loop.imagined(bare, params, windows, jax.random.key(0), settings=settings, first=1, context=2, horizon=2,
+                           recorded_robot=True)  # fmt: skip

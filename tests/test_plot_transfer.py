@@ -9,7 +9,7 @@ import pytest
 from made_up_runs import CLOSE, OPEN
 
 from experiments import plot_transfer
-from wam_jax import json_files
+from wam_jax import calibration, json_files
 
 WAM = ["wam_1", "wam_2", "wam_3"]
 
@@ -99,6 +99,7 @@ def test_success_imagined_is_corrected_by_how_imagination_errs_on_play(make_run,
 
     write_trust(run, {OPEN: {"train": (10, 2, 10, 3), "validation": (0, 0, 0, 0)},
                       CLOSE: {"train": (5, 5, 5, 0), "validation": (5, 5, 5, 0)}})  # fmt: skip
+    assert calibration.corrected(0.05, 0.4, 0.1) == 0  # no less than nothing
     says_nothing = plot_transfer.load([run])
     assert rows_of(plot_transfer.markdown(says_nothing))["all policies, corrected"][0] == "2"
     plot_transfer.draw(says_nothing, f"{tmp_path}/transfer.png")

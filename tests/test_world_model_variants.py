@@ -95,6 +95,7 @@ def test_imagination_may_follow_the_robot_as_recorded():
     np.testing.assert_array_equal(followed.robot, robot[:, 1:3])
     np.testing.assert_allclose(followed.deterministic[:, 0], first.deterministic, atol=1e-5)
     np.testing.assert_allclose(followed.deterministic[:, 1], second.deterministic[:, 0], atol=1e-5)
+    np.testing.assert_allclose(followed.logits[:, 1], second.logits[:, 0], atol=1e-4)
     assert np.abs(followed.deterministic[:, 1] - free.deterministic[:, 1]).max() > 1e-3
 
 

@@ -78,9 +78,10 @@ def corrected(imagined: float, recall: float, false_alarms: float) -> float:
     """The success that a judge's share of positive verdicts stands for, if it errs as it is known to err.
 
     Rogan and Gladen 1978, kept within 0 and 1. How imagination errs is known from recorded attempts under their own
-    actions (see trust.py): no step of the environment.
+    actions (see trust.py): no step of the environment. It supposes that imagination errs on the policy's episodes as
+    often as on those, which a policy that was optimised in imagination breaks.
 
-    Args:
+    Args (shares, 0 to 1):
       imagined: share of a policy's episodes that end with success in imagination.
       recall: share of recorded successes that do.
       false_alarms: share of recorded failures that do.

@@ -64,7 +64,7 @@ def imagined(
     first: int,
     context: int,
     horizon: int,
-    true_robot: bool = False,
+    recorded_robot: bool = False,
 ) -> np.ndarray:
     """What they see while the model imagines with the true actions.
 
@@ -76,17 +76,21 @@ def imagined(
       first: the last frame that is seen; imagination begins after it.
       context: frames that are filtered, up to that one.
       horizon: H, steps to imagine.
-      true_robot: with the robot's states as recorded, too, of a model that carries them: see `world_model.imagine`.
+      recorded_robot: the robot moves as recorded, in a model that carries its state: see `world_model.imagine`.
 
     Returns:
       features [W, H + 1, state_dim]: the posterior of frame `first`, then of each imagined step.
+
+    Raises:
+      ValueError: `recorded_robot` for a model that does not carry the robot's state.
     """
+    if recorded_robot and not model.settings.robot_state:
+        raise ValueError("world_model.robot_state=False: this model carries no state of the robot to replace")
     imagine = functools.partial(_imagine(model, settings), params, rng)
     seen, taken = slice(first + 1 - context, first + 1), slice(first, first + horizon)
     inputs = [windows.embedding[:, seen], windows.action[:, seen], windows.action[:, taken]]
-    if true_robot:
-        following = windows.embedding[:, first + 1 : first + 1 + horizon]
-        inputs.append(np.asarray(world_model.measured_robot(model, following)))
+    if recorded_robot:
+        inputs.append(windows.embedding[:, first + 1 : first + 1 + horizon])
     return _in_batches(imagine, *inputs)
 
 
@@ -208,10 +212,11 @@ def _filter(model: WorldModel, settings: Any):
 @functools.lru_cache(maxsize=8)
 def _imagine(model: WorldModel, settings: Any):
     @jax.jit
-    def run(params, rng, embedding, seen_action, action, robot=None):
+    def run(params, rng, embedding, seen_action, action, following=None):
         observe_rng, imagine_rng = jax.random.split(rng)
         posterior = world_model.observe(model, params, embedding, seen_action, observe_rng)
         start = jax.tree.map(lambda x: x[:, -1], posterior)
+        robot = None if following is None else world_model.measured_robot(model, following)
         steps = world_model.imagine(model, params, start, action, imagine_rng, robot)
         film = jax.tree.map(lambda x, y: jnp.concatenate([x[:, None], y], axis=1), start, steps)
         return diffusion_policy.features(film, settings=settings)

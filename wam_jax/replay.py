@@ -139,8 +139,7 @@ class Replay:
     solved: np.ndarray  # bool [B, T], the oracle's verdict
     imagined_fires: np.ndarray  # bool [B, T], the reward rule on `imagined`
     filtered_fires: np.ndarray  # bool [B, T], on `filtered`
-    # bool [B, T], on imagination whose robot moves as recorded; None for models that do not carry its state
-    true_robot_fires: np.ndarray | None = None
+    recorded_robot_fires: np.ndarray | None  # bool [B, T], on imagination whose robot moves as recorded, where it can
 
 
 def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive: int, slack: int) -> dict[str, Any]:
@@ -154,10 +153,10 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
       slack: steps that the rule may fire earlier or later than that without disagreeing.
 
     Returns:
-      for "success" and "failure": errors by step while the episode runs, the step at which the hands part for good, and
-      the first step at which rule and oracle disagree, and how many the rule on imagination calls solved, as it is and
-      with the robot's recorded states (None where there are none). Besides, the successes of all episodes by oracle, by
-      the rule on the real frames, and by the rule on imagined ones.
+      for "success" and "failure": errors by step while the episode runs, the step at which the hands part for good, the
+      first step at which rule and oracle disagree, and how many the rule calls solved: on the real frames, imagined,
+      and imagined with the robot moving as recorded (None where there is none). Besides, the successes of all episodes by
+      oracle, by the rule on the real frames, and by the rule on imagined ones.
     """
     real, rule = first_true(replay.solved), first_true(replay.imagined_fires)
     succeeded = real != _NEVER
@@ -192,8 +191,9 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
                 "parting": _first_steps(parted[rows]),
                 "verdicts": {kind: int((kinds[rows] == kind).sum()) for kind in VERDICTS},
                 "disagreement": _first_steps(steps[rows]),
+                "rule_on_real_frames": _solved(replay.filtered_fires, rows),
                 "rule_on_imagination": _solved(replay.imagined_fires, rows),
-                "rule_with_true_robot": _solved(replay.true_robot_fires, rows),
+                "rule_with_recorded_robot": _solved(replay.recorded_robot_fires, rows),
             }
             for group, rows in groups.items()
             if len(rows)

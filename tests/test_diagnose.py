@@ -215,6 +215,19 @@ def test_divergence_names_the_step_at_which_a_planted_imagination_parts():
     assert np.isnan(success["errors"]["mechanism"]["imagined"]["mean"][16:]).all()
 
 
+def test_the_published_summary_is_that_of_its_figures(tmp_path):
+    published = helpers.ROOT / "docs/results/playtable_ensemble/wam_3/diagnose"
+    for part in ("trust", "divergence"):
+        (tmp_path / f"{part}.json").write_bytes((published / f"{part}.json").read_bytes())
+    assert diagnosis_report.write_summary(str(tmp_path), {}) == (published / "summary.md").read_text()
+    older = json_files.read(tmp_path / "divergence.json", "")  # of before the rule's verdicts were counted by group
+    for unit in older["units"].values():
+        for group in unit["groups"].values():
+            del group["rule_on_real_frames"], group["rule_with_recorded_robot"]
+    json_files.write(tmp_path / "divergence.json", older)
+    assert "| 25 | - |" in diagnosis_report.write_summary(str(tmp_path), {})
+
+
 # --- The binary ---
 
 CONFIG = smoke_config.get_config()

@@ -155,8 +155,8 @@ def divergence(replay: Replay, probe: Probe, mechanism: Quantity, *, consecutive
     Returns:
       for "success" and "failure": errors by step while the episode runs, the step at which the hands part for good, the
       first step at which rule and oracle disagree, and how many the rule calls solved: on the real frames, imagined,
-      and imagined with the robot moving as recorded (None where there is none). Besides, the successes of all episodes by
-      oracle, by the rule on the real frames, and by the rule on imagined ones.
+      and imagined with the robot moving as recorded (None where there is none). Besides, the successes of all episodes
+      by oracle, by the rule on the real frames, and by the rule on imagined ones.
     """
     real, rule = first_true(replay.solved), first_true(replay.imagined_fires)
     succeeded = real != _NEVER

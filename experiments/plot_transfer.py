@@ -27,6 +27,8 @@ from wam_jax import calibration, cli, intervals, json_files, tables
 
 EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
 _LOSS = 0.02  # a task that falls by more has lost
+_SPLITS = ("train", "validation")  # of play, whose attempts say how imagination errs
+_TRUST_MEND = "delete it and run experiments.diagnose --only=trust with the run's config and workdir again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,11 @@ class Change:
 def main(workdirs: Sequence[str]) -> None:
     """Prints the numbers and writes the picture, both where --output says."""
     path = _OUTPUT.value
-    if not path.endswith(".png") or os.path.isdir(path):
-        raise ValueError(f"--output={path} is a folder or does not end in .png; name the picture to write")
+    for name in (path, path.removesuffix(".png") + ".md"):
+        if not path.endswith(".png") or os.path.isdir(name):
+            raise ValueError(f"--output={path} does not end in .png, or {name} is a folder; name the picture to write")
     changes = load(workdirs)
     text = markdown(changes)
-    lacking = list(dict.fromkeys(change.run for change in changes if not change.recall_and_false_alarms))
-    if 0 < len(lacking) < len(workdirs):
-        print(f"nothing is corrected: no diagnose/trust.json, or none of all tasks, in {', '.join(lacking)}\n")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     draw(changes, path)
     json_files.write_text(path.removesuffix(".png") + ".md", text)
@@ -99,34 +99,50 @@ def _changes(run: runs.Run) -> list[Change]:
         raise ValueError(f"{run.name}/table.json has no policy that PPO trained; run experiments.evaluate --policy=ppo")
     both = {(task, stage): _rates(run.name, rows.get((task, stage)), task, stage)
             for task in tasks for stage in ("bc", "ppo")}  # fmt: skip
-    errors = _recall_and_false_alarms(run.name)
+    errors = _recall_and_false_alarms(run.name, tasks)
     return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], errors.get(task)) for task in tasks]
 
 
-def _recall_and_false_alarms(name: str) -> dict[str, tuple[float, float]]:
-    """Of each task's attempts in play, both splits: of successes and of failures, the share imagined solved."""
+def _recall_and_false_alarms(name: str, tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Of each task's attempts in play, both splits: of successes and of failures, the share imagined solved.
+
+    Without tasks that were not judged, or of which play has no success or no failure.
+    """
     path = os.path.join(name, "diagnose", "trust.json")
     if not os.path.exists(path):
         return {}
-    mend = "delete it and run experiments.diagnose --only=trust with the run's config and workdir again"
-    record = json_files.read(path, mend)
-    try:
-        play = {task: [of[split] for split in ("train", "validation")] for task, of in record["units"].items()}
-        shares = {task: _shares(splits) for task, splits in play.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what experiments.diagnose writes ({error!r}); {mend}") from error
-    return {task: both for task, both in shares.items() if both}
+    record = json_files.read(path, _TRUST_MEND)
+    units = record.get("units") if isinstance(record, dict) else None
+    if not isinstance(units, dict):
+        raise ValueError(f"{path} has no units of tasks; {_TRUST_MEND}")
+    found = {}
+    for task in (task for task in tasks if task in units):
+        unit = units[task] if isinstance(units[task], dict) else {}
+        counts = np.sum([_counts(f"{path}: {task}, {split}", unit.get(split)) for split in _SPLITS], axis=0)
+        successes, solved, failures, alarms = counts
+        if successes and failures:
+            found[task] = (float(solved / successes), float(alarms / failures))
+    return found
 
 
-def _shares(splits: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """Both shares over some splits' figures of `trust.agreement`; None without successes or failures."""
-    successes = sum(of["successes"] for of in splits)
-    failures = sum(of["attempts"] for of in splits) - successes
-    if not successes or not failures:
-        return None
-    solved = sum(of["successes"] * (of["successes_imagined"] or 0) for of in splits)
-    seen = sum((of["attempts"] - of["successes"]) * (of["failures_imagined"] or 0) for of in splits)
-    return solved / successes, 1 - seen / failures
+def _counts(where: str, figures: Any) -> tuple[float, float, float, float]:
+    """Successes, those imagined solved, failures, those imagined solved, of a split's figures of `trust.agreement`."""
+    figures = figures if isinstance(figures, dict) else {}
+
+    def number(key, low, high, kinds, *, empty=False):
+        value = figures.get(key)
+        if empty and value is None:
+            return 0.0
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(f"{where}: {key} is {value!r}, expected {low} to {high}; {_TRUST_MEND}")
+        return value
+
+    attempts = number("attempts", 0, 10**9, (int,))
+    successes = number("successes", 0, attempts, (int,))
+    failures = attempts - successes
+    solved = number("successes_imagined", 0, 1, (int, float), empty=not successes)
+    failed = number("failures_imagined", 0, 1, (int, float), empty=not failures)
+    return successes, successes * solved, failures, failures * (1 - failed)
 
 
 def _rates(name: str, row: tables.Row | None, task: str, stage: str) -> tuple[float, float]:
@@ -171,23 +187,46 @@ def markdown(changes: Sequence[Change]) -> str:
                 f"lose more than {100 * _LOSS:.0f} points"], [*gains, _line("all", changes)]),
         "Intervals draw tasks anew, then each task's policies (correlations), or policies (gains); policies of one run "
         "share a world model, which makes them rather too narrow.",
+        *_uncorrected(changes),
     ]) + "\n"  # fmt: skip
 
 
 def _corrected(changes: Sequence[Change]) -> list[Change]:
-    """All of them corrected, none where that cannot be done for all."""
+    """All of them corrected, but for those of which imagination's verdicts say nothing; none if one cannot be."""
     corrected = [change.corrected for change in changes]
-    return [change for change in corrected if change] if None not in corrected else []
+    known = [change for change in corrected if change]
+    return [change for change in known if np.isfinite(change.before[0])] if len(known) == len(changes) else []
+
+
+def _uncorrected(changes: Sequence[Change]) -> list[str]:
+    """A sentence on the policies that could not be corrected, where others could."""
+    lacking = [change for change in changes if change.recall_and_false_alarms is None]
+    mute = [c for c in changes if c.corrected and not np.isfinite(c.corrected.before[0])]
+    if 0 < len(lacking) < len(changes):
+        why = (
+            "Nothing is corrected, since diagnose/trust.json (experiments.diagnose --only=trust) has no successes and "
+        )
+        return [f"{why}failures of play of these: {_listed(lacking)}."]
+    if mute:
+        why = "Left out of what is corrected, as play's failures are imagined solved as often as its successes"
+        return [f"{why}: {_listed(mute)}."]
+    return []
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    tasks: dict[str, list[str]] = {}
+    for change in changes:
+        tasks.setdefault(change.run, []).append(change.task)
+    return "; ".join(f"{run}: {', '.join(of_run)}" for run, of_run in tasks.items())
 
 
 def _scopes(changes: Sequence[Change]) -> dict[str, list[tuple[str, float, float]]]:
-    """Task, success imagined and outside of the policies that each row is about; without those that say nothing."""
-    ends = {
+    """Task, success imagined and outside of the policies that each row is about."""
+    return {
         "all policies": [(c.task, *end) for c in changes for end in (c.before, c.after)],
         "cloned": [(c.task, *c.before) for c in changes],
         "after PPO": [(c.task, *c.after) for c in changes],
     }
-    return {name: [point for point in points if np.isfinite(point[1])] for name, points in ends.items()}
 
 
 def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -> str:
@@ -234,7 +273,7 @@ def draw(changes: Sequence[Change], path: str) -> None:
 
 def _scatter(axis, changes: Sequence[Change], colours: dict[str, str]) -> None:
     axis.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
-    for change in (change for change in changes if np.isfinite(change.before).all()):
+    for change in changes:
         before, after = (100 * np.array(end) for end in (change.before, change.after))
         colour = colours[change.task]
         axis.annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})

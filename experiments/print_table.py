@@ -36,6 +36,9 @@ def main(argv: Sequence[str]) -> None:
     """Prints a Markdown table of every workdir named, and writes it where --output says."""
     output = _OUTPUT.value
     check_output(output)
+    for flag in (_AGAINST, _TASKS):
+        if flag.present and not flag.value:
+            raise ValueError(f"--{flag.name}= is empty; name some, comma separated, or leave it out")
     text, values = build(
         _TABLE.value, argv, pool_seeds=_POOL_SEEDS.value, apart=_APART.value, against=_AGAINST.value,
         tasks=_TASKS.value,
@@ -86,6 +89,9 @@ def build(
       ValueError: a run is missing or of another config than the others of its column, or an option does not belong to
         the table.
     """
+    for option, named in (("the runs named", workdirs), ("--against", against), ("--tasks", tasks)):
+        if "" in named:
+            raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
     for name, wanted, there in (
@@ -96,7 +102,7 @@ def build(
         if there and table not in wanted:
             raise ValueError(f"--{name} belongs to --table={tables.join(wanted)}, not to {table}; leave it out")
     if tasks and not against:
-        raise ValueError("--tasks belongs to --against, where one side has more tasks than the other; leave it out")
+        raise ValueError("--tasks goes with --against, whose tasks it narrows down; name the runs to subtract, too")
     if table == "prediction":
         found = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in workdirs}
         return prediction_tables.markdown(found), {name: results["metrics"] for name, results in found.items()}

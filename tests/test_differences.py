@@ -112,8 +112,10 @@ def test_an_ablation_on_some_tasks_is_compared_on_those(make_run):
     assert "configs differ in ppo.bc_weight (0.5, 0.025)." in text
     with pytest.raises(ValueError, match="--tasks=close_drawer: .* has not both sides of it, but of open_drawer"):
         print_table.build("differences", [both], against=[some], tasks=[CLOSE])
-    with pytest.raises(ValueError, match="--tasks belongs to --against"):
+    with pytest.raises(ValueError, match="--tasks goes with --against, whose tasks it narrows down"):
         print_table.build("differences", [both], tasks=[OPEN])
+    with pytest.raises(ValueError, match="--tasks: one of 'open_drawer', '' is empty; name each, with single commas"):
+        print_table.build("differences", [both], against=[some], tasks=[OPEN, ""])
 
 
 def test_the_runs_named_minus_those_of_against(make_run):

@@ -1,6 +1,7 @@
 """Success imagined beside success outside, over runs."""
 
 import json
+import math
 import re
 
 import helpers
@@ -12,6 +13,7 @@ from experiments import plot_transfer
 from wam_jax import calibration, json_files
 
 WAM = ["wam_1", "wam_2", "wam_3"]
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture
@@ -95,17 +97,49 @@ def test_success_imagined_is_corrected_by_how_imagination_errs_on_play(make_run,
     plot_transfer.draw(plot_transfer.load([run]), f"{tmp_path}/transfer.png")
 
     bare = make_run("b", {OPEN: ((2, 2), (5, 9))}, seed=1)  # all or none are corrected
-    assert "all policies, corrected" not in rows_of(plot_transfer.markdown(plot_transfer.load([run, bare])))
+    text = plot_transfer.markdown(plot_transfer.load([run, bare]))
+    assert "all policies, corrected" not in rows_of(text)
+    assert text.endswith(f"has no successes and failures of play of these: {bare}: open_drawer.\n")
 
-    write_trust(run, {OPEN: {"train": (10, 2, 10, 3), "validation": (0, 0, 0, 0)},
-                      CLOSE: {"train": (5, 5, 5, 0), "validation": (5, 5, 5, 0)}})  # fmt: skip
+
+def test_verdicts_that_say_nothing_are_left_out_and_named(make_run, tmp_path):
+    run = make_run("a", {OPEN: ((2, 2), (5, 9)), CLOSE: ((2, 4), (9, 8))})
+    mute, clear = {"train": (10, 2, 10, 3), "validation": (0, 0, 0, 0)}, {split: (5, 5, 5, 0) for split in SPLITS}
+    write_trust(run, {OPEN: mute, CLOSE: clear})
+    changes = plot_transfer.load([run])
+    text = plot_transfer.markdown(changes)
+    assert rows_of(text)["all policies, corrected"][0] == "2"
+    assert text.endswith(f"solved as often as its successes: {run}: open_drawer.\n")
+    write_trust(run, {OPEN: mute, CLOSE: mute})  # no row, no panel
+    changes = plot_transfer.load([run])
+    assert "all policies, corrected" not in rows_of(plot_transfer.markdown(changes))
+    plot_transfer.draw(changes, f"{tmp_path}/transfer.png")
     assert calibration.corrected(0.05, 0.4, 0.1) == 0  # no less than nothing
-    says_nothing = plot_transfer.load([run])
-    assert rows_of(plot_transfer.markdown(says_nothing))["all policies, corrected"][0] == "2"
-    plot_transfer.draw(says_nothing, f"{tmp_path}/transfer.png")
+    assert math.isnan(calibration.corrected(0.5, float("nan"), 0.1))
 
-    (tmp_path / "a/diagnose/trust.json").write_text('{"units": {"open_drawer": 3}}')
-    with pytest.raises(ValueError, match=r"trust.json is not what experiments.diagnose writes .* delete it"):
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("successes_imagined", 7, "open_drawer, train: successes_imagined is 7, expected 0 to 1; delete it"),
+        ("failures_imagined", None, "open_drawer, train: failures_imagined is None, expected 0 to 1"),
+        ("successes", 30, "open_drawer, train: successes is 30, expected 0 to 20"),
+        ("attempts", "many", "open_drawer, train: attempts is 'many', expected 0 to"),
+        ("attempts", True, "open_drawer, train: attempts is True"),
+    ],
+)
+def test_damaged_verdicts_are_named(make_run, key, value, message):
+    run = make_run("a", {OPEN: ((2, 2), (5, 9))})
+    write_trust(run, {OPEN: {"train": (10, 4, 10, 1), "validation": (0, 0, 10, 1)}, "fly": {}})
+    plot_transfer.load([run])  # what is said of other tasks is not read
+    path = f"{run}/diagnose/trust.json"
+    record = json_files.read(path, "")
+    record["units"][OPEN]["train"][key] = value
+    json_files.write(path, record)
+    with pytest.raises(ValueError, match=message):
+        plot_transfer.load([run])
+    json_files.write(path, [record])
+    with pytest.raises(ValueError, match="trust.json has no units of tasks; delete it"):
         plot_transfer.load([run])
 
 

@@ -89,7 +89,7 @@ def corrected(imagined: float, recall: float, false_alarms: float) -> float:
     Returns:
       NaN where failures end with success as often as successes do, so that a verdict says nothing.
     """
-    if recall <= false_alarms:
+    if not recall > false_alarms:
         return float("nan")
     return min(1.0, max(0.0, (imagined - false_alarms) / (recall - false_alarms)))
 

@@ -47,7 +47,10 @@ def _column(comparison: Comparison) -> dict[str, Any]:
     first, second = comparison.first, comparison.second
     if first.keys() != second.keys():
         only = sorted(first.keys() ^ second.keys())
-        raise ValueError(f"{comparison.title}: {', '.join(only)} on one side alone; evaluate the same tasks of both")
+        raise ValueError(
+            f"{comparison.title}: {', '.join(only)} on one side alone; evaluate the same tasks of "
+            "both, or compare those that both have (print_table --tasks)"
+        )
     for task in first:
         if first[task].shape != second[task].shape:
             counts = f"{first[task].shape[1]} and {second[task].shape[1]}"

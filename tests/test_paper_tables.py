@@ -230,6 +230,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
+BEST = ("wam_1", "wam_2", "wam_3")
 ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2")
 
 
@@ -263,6 +264,8 @@ ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2")
         *(("playtable_transfer/three_seeds", table, THREE_SEEDS) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/wam_1_50_demonstrations", "differences", (".",)),
         *(("playtable_best", table, ("wam_1", "wam_2", "wam_3")) for table in ("differences", "bc", "ppo")),
+        ("playtable_best/ensemble", "differences", ("wam_1", "wam_2")),
+        *(("playtable_best/bc_weight", table, BEST) for table in ("differences", "bc", "ppo")),
     ],
 )
 def test_the_published_tables_are_those_of_the_command(name, table, runs):
@@ -276,6 +279,16 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
         *((f"playtable_ensemble/{x}/against.md", (f"playtable_ensemble/{x}",), (x,)) for x in ENSEMBLE_RUNS[1:]),
         ("playtable_ensemble/against.md", ("playtable_ensemble/wam_2", "playtable_ensemble/wam_3"), ("wam_2", "wam_3")),
+        (
+            "playtable_best/ensemble/against.md",
+            ("playtable_best/ensemble/wam_1", "playtable_best/ensemble/wam_2"),
+            ("playtable_best/wam_1", "playtable_best/wam_2"),
+        ),
+        (
+            "playtable_best/bc_weight/against.md",
+            tuple(f"playtable_best/bc_weight/{run}" for run in BEST),
+            tuple(f"playtable_best/{run}" for run in BEST),
+        ),
         ("playtable_transfer/gaussian_2/against.md", ("playtable_transfer/wam_2",), ("gaussian_2",)),
         ("playtable_transfer/online_2/against.md", ("playtable_transfer/online_2",), ("wam_2",)),
         (

@@ -203,10 +203,8 @@ def _uncorrected(changes: Sequence[Change]) -> list[str]:
     lacking = [change for change in changes if change.recall_and_false_alarms is None]
     mute = [c for c in changes if c.corrected and not np.isfinite(c.corrected.before[0])]
     if 0 < len(lacking) < len(changes):
-        why = (
-            "Nothing is corrected, since diagnose/trust.json (experiments.diagnose --only=trust) has no successes and "
-        )
-        return [f"{why}failures of play of these: {_listed(lacking)}."]
+        why = "Nothing is corrected: diagnose/trust.json (--only=trust) has no successes and failures of play of these"
+        return [f"{why}: {_listed(lacking)}."]
     if mute:
         why = "Left out of what is corrected, as play's failures are imagined solved as often as its successes"
         return [f"{why}: {_listed(mute)}."]

@@ -245,16 +245,11 @@ def imagine(
       action: float32 [B, H, 7]; action[0] is taken in the start state.
       rng: key for z.
       robot: float32 [B, H, P], recorded states of the robot after the actions in place of imagined ones, for a replay
-        of recordings that imagines h and z alone; None where the robot is imagined, too.
+        of recordings that imagines h and z alone, by a model that carries them; None where the robot is imagined, too.
 
     Returns:
       prior states after each action, [B, H, ...].
-
-    Raises:
-      ValueError: recorded states for a model that does not carry the robot's.
     """
-    if robot is not None and latent.robot is None:
-        raise ValueError("world_model.robot_state=False: this model carries no state of the robot to replace")
 
     def step(rssm_params, latent, inputs, noise):
         projected_action, robot = inputs

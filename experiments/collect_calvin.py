@@ -138,18 +138,16 @@ def collect_play(directory: str, config, recorder: Recorder) -> None:
 
     def record(split: str, episode: int, pool: Pool) -> rlds.Episode:
         folder = npz_folder.SPLIT_FOLDERS[split]
-        track = calvin.record_play(pool, steps, _seed(config.seed, f"play/{split}", episode))
+        words = _seed(config.seed, f"play/{split}", episode)
+        track = calvin.record_play(pool, steps, words, disturbed_share=config.dataset.disturbed_share)
         first = firsts[split] + episode * steps
         return recorder.episode(track, f"{folder}_{first:07d}_{first + steps - 1:07d}", first)
 
     for split, count in counts.items():
         episodes = [functools.partial(record, split, episode) for episode in range(count)]
         planned += _shards(split, _parts(episodes, PLAY_EPISODES_PER_SHARD))
-    plan = {"kind": "play", "seed": config.seed, "steps": steps, **counts}
-    name = launch.dataset_name(config, "play")
-    _collect(
-        directory, name, plan, planned, recorder, "CALVIN, scene D: play chained from noisy experts, with failures."
-    )
+    name, description = launch.dataset_name(config, "play"), "CALVIN, scene D: play chained from noisy experts."
+    _collect(directory, name, launch.play_plan(config), planned, recorder, description)
 
 
 def collect_demonstrations(directory: str, config, recorder: Recorder) -> None:

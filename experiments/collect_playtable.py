@@ -30,9 +30,8 @@ def run(config, workdir: str) -> None:
 def collect_play(directory: str, config) -> None:
     """Writes the splits "train" and "validation" of play."""
     settings = config.dataset
-    plan = {"kind": "play", "seed": config.seed, "steps": settings.play_steps}
     counts = {"train": settings.play_episodes, "validation": settings.validation_episodes}
-    if shards.start_dataset(directory, plan | counts):
+    if shards.start_dataset(directory, launch.play_plan(config)):
         return
     spec = rlds.DatasetSpec(launch.dataset_name(config, "play"), (specs.IMAGE_SIZE,) * 2, (specs.IMAGE_SIZE,) * 2)
     parts = [(split, first) for split, count in counts.items() for first in range(0, count, EPISODES_PER_SHARD)]
@@ -41,14 +40,16 @@ def collect_play(directory: str, config) -> None:
         num_shards = -(-counts[split] // EPISODES_PER_SHARD)
         size = min(EPISODES_PER_SHARD, counts[split] - first)
         rng = _rng(config.seed, f"play/{split}", first)
-        episodes = _play_episodes(rng, size, settings.play_steps, f"{split}-{first}")
+        episodes = _play_episodes(rng, size, settings, f"{split}-{first}")
         index = first // EPISODES_PER_SHARD
         lengths[split].append(shards.write_shard(directory, spec, split, index, num_shards, episodes))
-    shards.finish_dataset(directory, spec, lengths, "Playtable: play chained from noisy experts, with failures.")
+    shards.finish_dataset(directory, spec, lengths, "Playtable: play chained from noisy experts.")
 
 
-def _play_episodes(rng, size: int, steps: int, name: str) -> Iterator[rlds.Episode]:
-    batch = playtable.collect_play(rng, EPISODES_PER_SHARD, steps)
+def _play_episodes(rng, size: int, settings, name: str) -> Iterator[rlds.Episode]:
+    batch = playtable.collect_play(
+        rng, EPISODES_PER_SHARD, settings.play_steps, disturbed_share=settings.disturbed_share
+    )
     for row in range(size):
         yield rlds.Episode(_row(batch, row), source="playtable", episode_id=f"play-{name}-{row}")
 

@@ -11,12 +11,16 @@ from wam_jax import datasets, environments, input_pipeline, inverse_dynamics, pa
 
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
 _LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2, "keep_checkpoints": 2} | dict.fromkeys(
-    ("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps", "num_members"), 0
+    (
+        *("seed", "num_devices", "min_start_step", "max_start_step", "max_steps", "critic_warmup", "warmup_steps"),
+        "num_members",
+    ),
+    0,
 )
 _MAX_SEED = 2**31 - 1000  # seeds are int32 on the devices, and each task adds its number
 _SHARES = (
     *("kl_balance", "ema_decay", "threshold", "discount", "gae_lambda", "denoising_discount", "min_trust"),
-    "disagreement_quantile",
+    *("disagreement_quantile", "disturbed_share"),
 )
 _POSITIVE = (
     *("learning_rate", "final_learning_rate", "actor_learning_rate", "critic_learning_rate", "temperature"),
@@ -121,12 +125,13 @@ def _check_agreement(config: ConfigDict) -> None:
             "config.world_model.robot_state=True learns the robot's state, and proprioception_weight is 0; "
             "take another, e.g. 1000"
         )
-    chunk, max_steps = config.policy.chunk, config.evaluation.max_steps
-    if max_steps < chunk or max_steps % chunk:
-        raise ValueError(
-            f"config.evaluation.max_steps={max_steps} is not a positive multiple of config.policy.chunk={chunk}: an "
-            f"episode, real or imagined, is a number of whole chunks; take {max(1, round(max_steps / chunk)) * chunk}"
-        )
+    chunk, max_steps = config.policy.chunk, config.ppo.max_steps or config.evaluation.max_steps
+    for name, steps in (("evaluation", config.evaluation.max_steps), ("ppo", max_steps)):
+        if steps < chunk or steps % chunk:
+            raise ValueError(
+                f"config.{name}.max_steps={steps} is not a positive multiple of config.policy.chunk={chunk}: an "
+                f"episode, real or imagined, is a number of whole chunks; take {max(1, round(steps / chunk)) * chunk}"
+            )
     _check_ensemble(config)
     _check_policy(config)
     decisions = config.ppo.num_rollouts * max_steps // chunk

@@ -252,7 +252,7 @@ def ppo_settings(config):
         config.ppo,
         num_rollouts=config.ppo.num_rollouts // num_devices,
         batch_size=max(1, config.ppo.batch_size // num_devices),
-        horizon=config.evaluation.max_steps // config.policy.chunk,
+        horizon=(config.ppo.max_steps or config.evaluation.max_steps) // config.policy.chunk,
     )
 
 

@@ -189,6 +189,18 @@ def dataset_name(config: FrozenConfigDict, key: str) -> str:
     return f"{config.environment}_{key}"
 
 
+def play_plan(config: FrozenConfigDict) -> dict:
+    """What decides the shards of collected play, for `shards.start_dataset`.
+
+    An option that came later is left out at its default: plans of older datasets lack it.
+    """
+    data = config.dataset
+    plan = {"kind": "play", "seed": config.seed, "steps": data.play_steps}
+    if data.disturbed_share != config_values.defaults(config.method)["dataset.disturbed_share"]:
+        plan["disturbed_share"] = data.disturbed_share
+    return {**plan, "train": data.play_episodes, "validation": data.validation_episodes}
+
+
 def collected_directory(config: FrozenConfigDict, workdir: str, key: str) -> str:
     """Where a dataset is collected to."""
     return os.path.join(workdir, "data", dataset_name(config, key))

@@ -15,7 +15,7 @@ _ENSEMBLE = (  # what its members are trained by
 # What each part of a workdir depends on: other parts, and keys or sections of the config.
 _PARTS = {
     "play": ("environment", "seed", "dataset.play", "dataset.play_episodes", "dataset.validation_episodes")
-    + ("dataset.play_steps", "dataset.pictures"),
+    + ("dataset.play_steps", "dataset.disturbed_share", "dataset.pictures"),
     "demonstrations": ("environment", "seed", "dataset.demonstrations", "dataset.demonstrations_per_task")
     + ("dataset.pictures",),
     "world_model": ("play", "method", "world_model."),

@@ -158,7 +158,7 @@ def interactions(config: dict[str, Any]) -> dict[str, int]:
     if place not in PLACES:
         raise ValueError(f"config.ppo.rollouts={place!r}; expected one of {', '.join(PLACES)}")
     chunk = config["policy"]["chunk"]
-    decisions = config["evaluation"]["max_steps"] // chunk
+    decisions = (value(config, "ppo.max_steps") or config["evaluation"]["max_steps"]) // chunk
     steps = config["ppo"]["num_iterations"] * config["ppo"]["num_rollouts"] * decisions * chunk
     return {name: steps if name == place else 0 for name in PLACES}
 

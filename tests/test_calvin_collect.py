@@ -60,7 +60,7 @@ def blind():
 
 @needs_simulator
 def test_play_succeeds_and_fails_at_every_turn(blind):
-    track = play.record_play(blind, 1200, (0, 0))
+    track = play.record_play(blind, 1200, (0, 0), disturbed_share=0.6)
     annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
     _, reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])
     solved = [(a.task, reward[a.start : a.end].max() > 0) for a in track.attempts]
@@ -74,8 +74,17 @@ def test_play_succeeds_and_fails_at_every_turn(blind):
 
 
 @needs_simulator
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0.75, 1.0), (1.0, 0.0, 0.5)])
+def test_disturbed_attempts_are_those_that_fail(blind, share, low, high):
+    track = play.record_play(blind, 1200, (0, 0), disturbed_share=share)
+    annotations = [rlds.Annotation(a.start, a.end, a.task, "") for a in track.attempts]
+    reward = rlds.tasks_and_rewards(annotations, track.scene_obs[:-1])[1]
+    assert low <= np.mean([reward[a.start : a.end].max() > 0 for a in track.attempts]) <= high
+
+
+@needs_simulator
 def test_play_repeats_for_the_same_seed_and_for_no_other(blind):
-    first, same, other = (play.record_play(blind, 30, seed) for seed in ((3, 1), (3, 1), (3, 2)))
+    first, same, other = (play.record_play(blind, 30, seed, disturbed_share=0.6) for seed in ((3, 1), (3, 1), (3, 2)))
     np.testing.assert_array_equal(first.robot_obs, same.robot_obs)
     np.testing.assert_array_equal(first.actions, same.actions)
     assert (first.robot_obs[0, :3] != other.robot_obs[0, :3]).all()

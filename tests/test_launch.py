@@ -9,7 +9,8 @@ import jax
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import collect_playtable, config_checks, launch, reproduce, train_world_model
+from experiments import collect_playtable, config_checks, finetune_policy, launch, reproduce, train_world_model
+from wam_jax import shards
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,9 @@ def test_a_good_config_passes_and_is_frozen(tmp_path):
         ("evaluation.num_episodes", 0, "config.evaluation.num_episodes=0; expected 1 or more"),
         ("ppo.batch_size", 0, "config.ppo.batch_size=0; expected 1 or more"),
         ("evaluation.max_steps", 70, "config.evaluation.max_steps=70 .*multiple of config.policy.chunk=4.*; take 72"),
+        ("ppo.max_steps", 37, "config.ppo.max_steps=37 .*multiple of config.policy.chunk=4.*; take 36"),
+        ("ppo.max_steps", -4, "config.ppo.max_steps=-4; expected 0 or more"),
+        ("dataset.disturbed_share", 1.5, "disturbed_share=1.5; expected a number from 0 to 1"),
         ("method", "dreamer_v2", "config.world_model.action_weight=1000.0 with method 'dreamer_v2'"),
         ("world_model.action_input", "latents", "action_input='latents'; expected one of embeddings, features"),
         ("world_model.action_target", "random", "action_target='random'; expected one of taken, shuffled"),
@@ -236,6 +240,22 @@ def test_a_mistake_that_is_found_late_leaves_its_mend_possible(tmp_path):
     with pytest.raises(ValueError, match=f"dataset directory {tmp_path}/data/playtable_play does not exist"):
         train_world_model.run(config, str(tmp_path))
     launch.prepare(change("dataset.play_steps", 200), str(tmp_path))
+
+
+def test_a_dataset_older_than_an_option_is_one_of_its_default(tmp_path):
+    """Play that was collected before `disturbed_share` could be chosen is not refused, nor taken for another share."""
+    shards.start_dataset(tmp_path, {"kind": "play", "seed": 0, "steps": 400, "train": 4, "validation": 1})
+    config = helpers.make_config()
+    config.dataset.update(play_steps=400, play_episodes=4, validation_episodes=1)
+    shards.start_dataset(tmp_path, launch.play_plan(config))
+    with pytest.raises(ValueError, match=r"made with other settings \(disturbed_share differ"):
+        shards.start_dataset(tmp_path, launch.play_plan(change("dataset.disturbed_share", 0.0, config)))
+
+
+def test_rollouts_last_as_long_as_evaluations_episodes_or_as_they_are_told():
+    config = helpers.make_config()  # evaluation.max_steps = 12, chunks of 4
+    assert finetune_policy.ppo_settings(FrozenConfigDict(config)).horizon == 3
+    assert finetune_policy.ppo_settings(FrozenConfigDict(change("ppo.max_steps", 20, config))).horizon == 5
 
 
 def test_all_differences_are_counted(tmp_path):

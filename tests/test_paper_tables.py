@@ -51,13 +51,13 @@ def test_table_four_counts_the_steps_of_ppo_where_they_happen(make_run, tmp_path
         config = json.load(file)
     config["ppo"].pop("rollouts", None)  # written before the value existed
     write(imagined, config, {"ppo": {OPEN: of(5)}})
-    config["ppo"].update(rollouts="environment", num_iterations=7)
+    config["ppo"].update(rollouts="environment", num_iterations=7, max_steps=8)
     online = write(str(tmp_path / "b"), config, {"ppo": {OPEN: of(9)}})
     table = lines(print_table.build("ppo", [imagined, online])[0])
     titles = ["playtable: wam, ppo.rollouts=environment", "playtable: wam, ppo.rollouts=imagination"]
     assert table["task"][:2] == titles
     assert table["imagined steps of PPO a task"] == ["0", "360", "about 5,000,000", "2,880,000"]
-    assert table["environment steps of PPO a task"] == ["840", "0", "0", "0"]
+    assert table["environment steps of PPO a task"] == ["280", "0", "0", "0"]
     assert table["open drawer"] == ["90.0 [60, 98]", "50.0 [24, 76]", "74.44 ± 1.92", "96.7 ± 2.4"]
     assert table["**mean**"] == ["", "", "83.74 (text: 79.8)", "92.88 (text: 92.8)"]  # ours are of one task
     config["ppo"]["rollouts"] = "elsewhere"

@@ -255,7 +255,7 @@ def test_experts_solve_all_tasks():
 
 @pytest.fixture(scope="module")
 def recorded_play():
-    return play.collect_play(jax.random.key(0), PLAY_EPISODES, PLAY_STEPS, chunk=PLAY_EPISODES)
+    return play.collect_play(jax.random.key(0), PLAY_EPISODES, PLAY_STEPS, disturbed_share=0.6, chunk=PLAY_EPISODES)
 
 
 def _attempts(batch):
@@ -279,6 +279,13 @@ def test_play_succeeds_and_fails_at_every_turn(recorded_play):
     assert 0.2 < np.mean(recorded_play.task < 0) < 0.6
 
 
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0.9, 1.0), (1.0, 0.0, 0.5)])
+def test_disturbed_attempts_are_those_that_fail(share, low, high):
+    size = (PLAY_EPISODES, PLAY_STEPS)
+    attempts = _attempts(play.collect_play(jax.random.key(3), *size, disturbed_share=share, chunk=PLAY_EPISODES))
+    assert len(attempts) > 20 and low <= attempts[:, 1].mean() <= high
+
+
 def test_play_is_well_formed(recorded_play):
     batch = recorded_play
     assert batch.action.shape == (PLAY_EPISODES, PLAY_STEPS, specs.ACTION_DIM)
@@ -293,7 +300,7 @@ def test_play_is_well_formed(recorded_play):
 
 
 def test_play_repeats_for_the_same_key(recorded_play):
-    again = play.collect_play(jax.random.key(0), PLAY_EPISODES, PLAY_STEPS, chunk=PLAY_EPISODES)
+    again = play.collect_play(jax.random.key(0), PLAY_EPISODES, PLAY_STEPS, disturbed_share=0.6, chunk=PLAY_EPISODES)
     jax.tree.map(np.testing.assert_array_equal, recorded_play, again)
 
 

@@ -71,6 +71,8 @@ def source(tmp_path):
         ({"dataset.demonstrations_per_task": 8}, {"data/playtable_play", "world_model", "prior_ensemble"}),
         ({"world_model.kl_weight": 0.3}, DATA),
         ({"dataset.play_steps": 100}, {"data/playtable_demonstrations"}),
+        ({"dataset.disturbed_share": 0.1}, {"data/playtable_demonstrations"}),
+        ({"ppo.max_steps": 24}, {*DATA, "world_model", *LATER, *EVALUATION} - PPO),
         ({"seed": 1}, set()),
         ({"tasks": ("turn_on_led",)}, {"data/playtable_play", "world_model", "prior_ensemble"}),
     ],

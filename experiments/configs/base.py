@@ -37,6 +37,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "demonstrations": "",  # likewise for the demonstrations
             "play_episodes": 600,
             "validation_episodes": 8,
+            "disturbed_share": 0.6,  # of play's attempts; most of them fail
             "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
             "demonstrations_per_task": 50,  # WAM, DiWA; of a dataset that holds more, the first
             "pictures": "drawn",  # CALVIN's simulator: see PICTURES; a policy must see what it was trained on
@@ -160,6 +161,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "min_trust": 0.0,
             "min_start_step": 0,  # imagination starts at frames from this one
             "max_start_step": 0,  # to this one: at a demonstration's first (DiWA)
+            "max_steps": 0,  # of a rollout; 0: as many as evaluation's
             "resample_latent": True,  # z of the start drawn anew for every rollout
             "batch_size": 7500,  # WAM: more decisions than there are, so one full-batch step an epoch
             "epochs": 10,  # WAM

@@ -1,6 +1,6 @@
 """Recorded data, as Playtable's: play that goes from one attempt to the next without resets, and demonstrations.
 
-A world model that never saw a failure imagines none. Three of five attempts in play are therefore disturbed: placed
+A world model that never saw a failure imagines none. A share of play's attempts is therefore disturbed: placed
 2 to 4.5 cm beside their goal, pushed only part of the way, broken off, or with fingers that close early, late or not
 at all. Between attempts the hand moves freely, also among the fixtures. After a failure play simply goes on.
 """
@@ -21,8 +21,8 @@ from wam_jax.environments.calvin.worker import Frames
 ACTION_NOISE = 0.05  # standard deviation on the three position entries, units of the action
 STEPS_AFTER_SUCCESS = 6  # of a demonstration
 
-# How an attempt is disturbed, and how often.
-_KINDS = {"clean": 0.40, "offset": 0.26, "short": 0.16, "broken off": 0.10, "gripper": 0.08}
+# How an attempt is disturbed, and how many of 60 disturbed ones.
+_DISTURBANCES = {"offset": 26, "short": 16, "broken off": 10, "gripper": 8}
 _GRIPPER_SHIFTS = (-2, -1, 0, 0, 1, 2)  # waypoints by which the fingers are late or early, 0: reversed
 
 _FREE_SHARE = 0.6  # of attempts that free motion follows
@@ -84,13 +84,14 @@ def reached_actions(robot_obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([pose[1:], gripper], axis=1), np.concatenate([relative, gripper], axis=1)
 
 
-def record_play(pool: Pool, num_steps: int, seed: tuple[int, ...]) -> Track:
+def record_play(pool: Pool, num_steps: int, seed: tuple[int, ...], *, disturbed_share: float) -> Track:
     """Records one episode of play, from a random start.
 
     Args:
       pool: of scene D, with pictures; its first slot is used.
       num_steps: T.
       seed: the same one gives the same episode.
+      disturbed_share: of the attempts; most of them fail.
     """
     rng = np.random.default_rng((*seed, 1))
     tape = _Tape(pool, str(rng.choice(starts.TASKS)), (*seed, 0))
@@ -99,7 +100,8 @@ def record_play(pool: Pool, num_steps: int, seed: tuple[int, ...]) -> Track:
     for step in range(num_steps):
         if activity.plan.done or step - activity.begun >= activity.limit:
             attempts += activity.attempts(step)
-            activity = _next(rng, tape.now, activity, Counter(a.task for a in attempts), begun=step)
+            counts = Counter(a.task for a in attempts)
+            activity = _next(rng, tape.now, activity, counts, begun=step, disturbed_share=disturbed_share)
         activity = tape.follow(activity, rng, render=step + 1 < num_steps)
     return tape.track([*attempts, *activity.attempts(num_steps)])
 
@@ -178,13 +180,16 @@ class _Tape:
         return Track(**arrays, actions=np.stack(self._actions), attempts=tuple(attempts))
 
 
-def _next(rng: np.random.Generator, now: Frames, last: _Activity, counts: Counter, begun: int) -> _Activity:
-    """Free motion, or an attempt at the possible task that was tried least, disturbed more often than not."""
+def _next(
+    rng: np.random.Generator, now: Frames, last: _Activity, counts: Counter, *, begun: int, disturbed_share: float
+) -> _Activity:
+    """Free motion, or an attempt at the possible task that was tried least; a share of them is disturbed."""
     if not last.is_free and rng.uniform() < _FREE_SHARE:
         return _free_motion(rng, now, begun)
     scene_obs = now.scene_obs[0]
     task, is_labelled = _choose_task(rng, last.task, counts, scene_obs)
-    kind = rng.choice(list(_KINDS), p=list(_KINDS.values()))
+    shares = [disturbed_share * count / 60 for count in _DISTURBANCES.values()]
+    kind = rng.choice(["clean", *_DISTURBANCES], p=[1 - disturbed_share, *shares])
     return _Activity(
         plan=_disturb(rng, experts.plan(task, now.target[0], scene_obs, rng), kind),
         begun=begun,

@@ -1,6 +1,6 @@
 """Recorded data: play that goes from one attempt to the next without resets, and demonstrations of single tasks.
 
-A world model that never saw a failure imagines none. Three in five attempts in play are therefore disturbed: placed
+A world model that never saw a failure imagines none. A share of play's attempts is therefore disturbed: placed
 2 to 4.5 cm beside their goal, pushed only part of the way, broken off, or with fingers that close early, late or not
 at all. Between attempts the hand moves freely, also among the fixtures. After a failure play simply goes on.
 """
@@ -24,9 +24,9 @@ STEPS_AFTER_SUCCESS = 6  # of a demonstration
 _NO_LIMIT = 10_000  # steps
 _FREE = -1  # label of steps without an attempt
 
-# How an attempt is disturbed, and how often.
+# How an attempt is disturbed, and the shares of the disturbed ones, cumulative from the clean ones' 0.
 _CLEAN, _OFFSET, _SHORT, _BROKEN_OFF, _GRIPPER = range(5)
-_KIND_CHOICE = (0.40, 0.66, 0.82, 0.92)  # cumulative
+_DISTURBED_CHOICE = np.array([0, 26, 42, 52]) / 60
 _GRIPPER_SHIFTS = np.array([-2, -1, 0, 0, 1, 2])  # waypoints by which the fingers are late or early, 0: reversed
 
 _FREE_SHARE = 0.6  # of attempts that free motion follows
@@ -62,19 +62,24 @@ class _Activity:
     is_free: Array  # bool []
 
 
-def collect_play(rng: Array, num_episodes: int, num_steps: int, chunk: int = 16) -> StepBatch:
+def collect_play(
+    rng: Array, num_episodes: int, num_steps: int, *, disturbed_share: float, chunk: int = 16
+) -> StepBatch:
     """Records play.
 
     Args:
       rng: one key; the same key gives the same data.
       num_episodes, num_steps: size of the data.
+      disturbed_share: of the attempts; most of them fail.
       chunk: episodes that are recorded at once on the accelerator; a step of one needs 25 kB there.
 
     Returns:
       Arrays on the host. `task` is the attempted task and -1 between attempts; `reward` is 1 where the oracle finds the
       attempted task solved since the attempt began. Only the last step of an episode is `is_last`.
     """
-    return _in_chunks(partial(_play_chunk, num_steps=num_steps), jax.random.split(rng, num_episodes), chunk)
+    kind_choice = jnp.asarray(1 - disturbed_share * (1 - _DISTURBED_CHOICE), jnp.float32)
+    collect = partial(_play_chunk, kind_choice=kind_choice, num_steps=num_steps)
+    return _in_chunks(collect, jax.random.split(rng, num_episodes), chunk)
 
 
 def collect_demonstrations(rng: Array, task: int, num_episodes: int, chunk: int = 64) -> StepBatch:
@@ -104,8 +109,8 @@ def _in_chunks(collect, keys: Array, chunk: int) -> StepBatch:
 
 
 @partial(jax.jit, static_argnames="num_steps")
-def _play_chunk(keys: Array, num_steps: int) -> StepBatch:
-    return jax.vmap(partial(_play_episode, num_steps=num_steps))(keys)
+def _play_chunk(keys: Array, kind_choice: Array, num_steps: int) -> StepBatch:
+    return jax.vmap(partial(_play_episode, kind_choice=kind_choice, num_steps=num_steps))(keys)
 
 
 @jax.jit
@@ -113,7 +118,7 @@ def _demonstrate_chunk(keys: Array, task: Array) -> StepBatch:
     return jax.vmap(partial(_demonstrate_episode, task=task))(keys)
 
 
-def _play_episode(rng: Array, num_steps: int) -> StepBatch:
+def _play_episode(rng: Array, kind_choice: Array, num_steps: int) -> StepBatch:
     start_rng, draw_rng, noise_rng = jax.random.split(rng, 3)
     draw = jax.vmap(lambda key: draws.uniform(key, **_DRAWS))(jax.random.split(draw_rng, num_steps))
     noise = jax.random.normal(noise_rng, (num_steps, 3))
@@ -123,7 +128,7 @@ def _play_episode(rng: Array, num_steps: int) -> StepBatch:
     def one(carry, inputs):
         state, activity, counts = carry
         draw, noise, t = inputs
-        activity, counts = _continue(draw, activity, counts, state)
+        activity, counts = _continue(draw, activity, counts, state, kind_choice)
         activity, action = _act(noise, activity, state)
         reward = _reward(activity.task, activity.scene, state)
         row = StepBatch(observe(state), action, t == 0, t == num_steps - 1, activity.task, reward)
@@ -173,21 +178,23 @@ def _act(noise: Array, activity: _Activity, state: State) -> tuple[_Activity, Ar
     return activity, _with_noise(action, activity.noise * noise)
 
 
-def _continue(draw: dict, activity: _Activity, counts: Array, state: State) -> tuple[_Activity, Array]:
+def _continue(
+    draw: dict, activity: _Activity, counts: Array, state: State, kind_choice: Array
+) -> tuple[_Activity, Array]:
     """The same activity, or a new one where it is finished; `counts` [8] are the labelled attempts so far."""
     finished = experts.is_finished(activity.plan, activity.progress) | (activity.steps_left <= 0)
     to_free = ~activity.is_free & (draw["to_free"] < _FREE_SHARE)
-    attempt = _attempt(draw, activity.task, counts, state)
+    attempt = _attempt(draw, activity.task, counts, state, kind_choice)
     new = jax.tree.map(partial(jnp.where, to_free), _free_motion(draw, state), attempt)
     activity = jax.tree.map(partial(jnp.where, finished), new, activity)
     begun = (jnp.arange(len(specs.TASKS)) == activity.task) & finished
     return activity, counts + begun
 
 
-def _attempt(draw: dict, previous: Array, counts: Array, state: State) -> _Activity:
-    """An attempt at the possible task that was tried least, disturbed more often than not."""
+def _attempt(draw: dict, previous: Array, counts: Array, state: State, kind_choice: Array) -> _Activity:
+    """An attempt at the possible task that was tried least; a share of them is disturbed."""
     task, label = _choose_task(draw["task"], previous, counts, state)
-    kind = draws.choice(_KIND_CHOICE, draw["kind"])
+    kind = draws.choice(kind_choice, draw["kind"])
     plan = _disturb(draw, experts.plan(draw["plan"], task, state), kind)
     return _Activity(
         plan=plan,

@@ -27,6 +27,7 @@ def main(
     choose_config: Callable[[ConfigDict | None], ConfigDict] | None = None,
     *,
     trains: bool = False,
+    reads: bool = False,
 ) -> None:
     """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error.
 
@@ -34,6 +35,7 @@ def main(
       run: gets the config and the workdir.
       trains: whether several processes may run it together.
       choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
+      reads: it measures a run that is there; a mistyped workdir is named and left as it is.
     """
     flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
 
@@ -43,6 +45,8 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
+            if reads and not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
+                raise ValueError(f"--workdir={WORKDIR.value} holds no run (it has no config.json); name one's")
             several_processes.connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
             run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))

@@ -352,6 +352,7 @@ MISTAKES = {
     "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
     "nothing": ([], "--config"),
     "workdir": ([QUICKSTART, "--workdir="], "--workdir is empty"),
+    "no run to read": ([QUICKSTART], "holds no run (it has no config.json)"),
 }
 
 
@@ -364,7 +365,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
         sys.argv = ["collect_playtable", *arguments]
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-        launch.main(collect_playtable.run)
+        launch.main(collect_playtable.run, reads=name.endswith("no run to read"))
     print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 

@@ -12,8 +12,8 @@ from wam_jax import datasets, environments, input_pipeline, inverse_dynamics, pa
 # Numbers by the name of their key. Whole numbers that are not named here are 1 or more, others 0 or more.
 _LEAST = {"window_length": 2, "time_dim": 4, "num_windows": 2, "keep_checkpoints": 2} | dict.fromkeys(
     (
-        *("seed", "num_devices", "min_start_step", "max_start_step", "max_steps", "critic_warmup", "warmup_steps"),
-        "num_members",
+        *("seed", "num_devices", "min_start_step", "max_start_step", "critic_warmup", "warmup_steps", "num_members"),
+        "config.ppo.max_steps",
     ),
     0,
 )
@@ -88,7 +88,7 @@ def _check_ranges(values: dict) -> None:
         elif isinstance(value, bool) or not isinstance(value, int | float):
             continue
         elif isinstance(value, int):
-            least, most = _LEAST.get(key, 1), _MAX_SEED if key == "seed" else math.inf
+            least, most = _LEAST.get(name, _LEAST.get(key, 1)), _MAX_SEED if key == "seed" else math.inf
             good, expected = least <= value <= most, f"{least} or more" + f", at most {most}" * (key == "seed")
         elif key in _SHARES:
             good, expected = 0 <= value <= 1, "a number from 0 to 1"
@@ -250,6 +250,17 @@ def _check_pictures(data: ConfigDict) -> None:
             )
 
 
+def _check_disturbed(config: ConfigDict) -> None:
+    """Checks that the config says of named play what its plan says."""
+    data, default = config.dataset, config_values.defaults(config.method)["dataset.disturbed_share"]
+    found = shards.read_plan(data.play).get("disturbed_share", default) if data.play else data.disturbed_share
+    if found != data.disturbed_share:
+        raise ValueError(
+            f"config.dataset.disturbed_share={data.disturbed_share} decides how play is collected, and that of "
+            f"config.dataset.play={data.play} is there, with {found}; take --config.dataset.disturbed_share={found}"
+        )
+
+
 def _check_windows(config: ConfigDict) -> None:
     """Checks that the windows of play fit into its episodes."""
     data = config.dataset
@@ -278,6 +289,7 @@ def _check_data(config: ConfigDict) -> None:
     if config.environment == "calvin":
         _check_pictures(data)
     _check_windows(config)
+    _check_disturbed(config)
     if data.demonstrations:
         found = set(datasets.episode_tasks(data.demonstrations))
         missing = [task for task in config.tasks if specs.task_index(task) not in found]

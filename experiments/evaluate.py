@@ -241,7 +241,11 @@ def imagined_success(config, trained: Trained, starts: LatentState) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _imagine(config, model):
-    settings = launch.stage_settings(finetune_policy.ppo_settings(config), num_rollouts=config.evaluation.num_episodes)
+    settings = launch.stage_settings(
+        finetune_policy.ppo_settings(config),
+        num_rollouts=config.evaluation.num_episodes,
+        horizon=config.evaluation.max_steps // config.policy.chunk,  # of an episode outside, whatever PPO's
+    )
     return jax.jit(
         functools.partial(
             imagination.rollout,
@@ -255,6 +259,8 @@ def _imagine(config, model):
 
 def _choose_config(config: ConfigDict | None) -> ConfigDict:
     """The given config; without one, what a scripted expert needs, the tasks and the environment."""
+    if _POLICY.value != "expert" and config is not None:
+        launch.require_run()
     if config is None:
         if _POLICY.value != "expert":
             raise ValueError(f"--policy={_POLICY.value} needs the config it was trained with: --config=FILE")

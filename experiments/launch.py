@@ -35,7 +35,7 @@ def main(
       run: gets the config and the workdir.
       trains: whether several processes may run it together.
       choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
-      reads: it measures a run that is there; a mistyped workdir is named and left as it is.
+      reads: it only measures a run that is there: see `require_run`.
     """
     flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
 
@@ -45,8 +45,8 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
-            if reads and not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
-                raise ValueError(f"--workdir={WORKDIR.value} holds no run (it has no config.json); name one's")
+            if reads:
+                require_run()
             several_processes.connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
             run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
@@ -111,6 +111,18 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     if parallel.is_first_process():
         _check_workdir(config, workdir)
     return FrozenConfigDict(config)
+
+
+def require_run() -> None:
+    """Refuses a mistyped --workdir before anything is written there.
+
+    Raises:
+      ValueError: it has no config.json.
+    """
+    if not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
+        raise ValueError(
+            f"--workdir={WORKDIR.value} holds no run (it has no config.json); name the folder of a run, finished or not"
+        )
 
 
 def before_devices() -> None:

@@ -27,8 +27,17 @@ from wam_jax import calibration, cli, intervals, json_files, tables
 
 EDGES = (0.0, 0.6, 0.8, 0.9, 1.0)  # of success imagined of the cloned policy
 _LOSS = 0.02  # a task that falls by more has lost
+_NO_CORRELATION = "-"
 _SPLITS = ("train", "validation")  # of play, whose attempts say how imagination errs
 _TRUST_MEND = "delete it and run experiments.diagnose --only=trust with the run's config and workdir again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """What imagination makes of a task's recorded attempts in play, under their own actions."""
+
+    recall: float  # share of the successes that is imagined solved
+    false_alarms: float  # share of the failures that is imagined solved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Change:
     task: str
     before: tuple[float, float]
     after: tuple[float, float]
-    recall_and_false_alarms: tuple[float, float] | None = None  # of imagination, on play's successes and failures
+    verdicts: Verdicts | None = None  # None where diagnose/trust.json has no successes and failures of the task
 
     @property
     def gain(self) -> float:
@@ -48,12 +57,11 @@ class Change:
 
     @property
     def corrected(self) -> "Change | None":
-        """With the success imagined that `calibration.corrected` makes of it; None where they are not known."""
-        if self.recall_and_false_alarms is None:
+        """With the success imagined that `calibration.corrected` makes of it; None without verdicts."""
+        if self.verdicts is None:
             return None
-        recall, false_alarms = self.recall_and_false_alarms
         before, after = (
-            (calibration.corrected(imagined, recall, false_alarms), real)
+            (calibration.corrected(imagined, self.verdicts.recall, self.verdicts.false_alarms), real)
             for imagined, real in (self.before, self.after)
         )
         return dataclasses.replace(self, before=before, after=after)
@@ -62,15 +70,28 @@ class Change:
 def main(workdirs: Sequence[str]) -> None:
     """Prints the numbers and writes the picture, both where --output says."""
     path = _OUTPUT.value
-    for name in (path, path.removesuffix(".png") + ".md"):
-        if not path.endswith(".png") or os.path.isdir(name):
-            raise ValueError(f"--output={path} does not end in .png, or {name} is a folder; name the picture to write")
+    text_path = check_output(path)
     changes = load(workdirs)
     text = markdown(changes)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     draw(changes, path)
-    json_files.write_text(path.removesuffix(".png") + ".md", text)
+    json_files.write_text(text_path, text)
     print(text)
+
+
+def check_output(path: str) -> str:
+    """Checks the name of the picture to write; returns that of the numbers beside it.
+
+    Raises:
+      ValueError: it does not end in .png, or one of the two is a folder.
+    """
+    if not path.endswith(".png"):
+        raise ValueError(f"--output={path} does not end in .png; name the picture to write")
+    text_path = path.removesuffix(".png") + ".md"
+    for name in (path, text_path):
+        if os.path.isdir(name):
+            raise ValueError(f"--output={path}: {name} is a folder; take another name")
+    return text_path
 
 
 def load(workdirs: Sequence[str]) -> list[Change]:
@@ -99,12 +120,12 @@ def _changes(run: runs.Run) -> list[Change]:
         raise ValueError(f"{run.name}/table.json has no policy that PPO trained; run experiments.evaluate --policy=ppo")
     both = {(task, stage): _rates(run.name, rows.get((task, stage)), task, stage)
             for task in tasks for stage in ("bc", "ppo")}  # fmt: skip
-    errors = _recall_and_false_alarms(run.name, tasks)
-    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], errors.get(task)) for task in tasks]
+    verdicts = _verdicts(run.name, tasks)
+    return [Change(run.name, task, both[task, "bc"], both[task, "ppo"], verdicts.get(task)) for task in tasks]
 
 
-def _recall_and_false_alarms(name: str, tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Of each task's attempts in play, both splits: of successes and of failures, the share imagined solved.
+def _verdicts(name: str, tasks: Sequence[str]) -> dict[str, Verdicts]:
+    """Of each task, over both splits of play.
 
     Without tasks that were not judged, or of which play has no success or no failure.
     """
@@ -121,7 +142,7 @@ def _recall_and_false_alarms(name: str, tasks: Sequence[str]) -> dict[str, tuple
         counts = np.sum([_counts(f"{path}: {task}, {split}", unit.get(split)) for split in _SPLITS], axis=0)
         successes, solved, failures, alarms = counts
         if successes and failures:
-            found[task] = (float(solved / successes), float(alarms / failures))
+            found[task] = Verdicts(float(solved / successes), float(alarms / failures))
     return found
 
 
@@ -187,12 +208,13 @@ def markdown(changes: Sequence[Change]) -> str:
                 f"lose more than {100 * _LOSS:.0f} points"], [*gains, _line("all", changes)]),
         "Intervals draw tasks anew, then each task's policies (correlations), or policies (gains); policies of one run "
         "share a world model, which makes them rather too narrow.",
+        *[f"{_NO_CORRELATION}: too few points differ."] * any(_NO_CORRELATION in row for row in correlations),
         *_uncorrected(changes),
     ]) + "\n"  # fmt: skip
 
 
 def _corrected(changes: Sequence[Change]) -> list[Change]:
-    """All of them corrected, but for those of which imagination's verdicts say nothing; none if one cannot be."""
+    """All of them corrected, but for those whose verdicts say nothing; none at all if one has no verdicts."""
     corrected = [change.corrected for change in changes]
     known = [change for change in corrected if change]
     return [change for change in known if np.isfinite(change.before[0])] if len(known) == len(changes) else []
@@ -200,7 +222,7 @@ def _corrected(changes: Sequence[Change]) -> list[Change]:
 
 def _uncorrected(changes: Sequence[Change]) -> list[str]:
     """A sentence on the policies that could not be corrected, where others could."""
-    lacking = [change for change in changes if change.recall_and_false_alarms is None]
+    lacking = [change for change in changes if change.verdicts is None]
     mute = [c for c in changes if c.corrected and not np.isfinite(c.corrected.before[0])]
     if 0 < len(lacking) < len(changes):
         why = "Nothing is corrected: diagnose/trust.json (--only=trust) has no successes and failures of play of these"
@@ -231,7 +253,7 @@ def _correlation(points: Sequence[tuple[str, float, float]], *, centred: bool) -
     tasks = dict.fromkeys(task for task, *_ in points)
     groups = [np.array([both for task, *both in points if task == name]) for name in tasks]
     found = intervals.of_groups(intervals.pearson, groups, centred=centred)
-    return interval(found) if np.isfinite(found["low"]) else "-"
+    return interval(found) if np.isfinite(found["low"]) else _NO_CORRELATION
 
 
 def _line(title: str, changes: Sequence[Change]) -> list[str]:

@@ -89,7 +89,9 @@ def build(
       ValueError: a run is missing or of another config than the others of its column, or an option does not belong to
         the table.
     """
-    for option, named in (("the runs named", workdirs), ("--against", against), ("--tasks", tasks)):
+    if "" in workdirs:
+        raise ValueError(f"one of the runs {', '.join(map(repr, workdirs))} has no name; name each")
+    for option, named in (("--against", against), ("--tasks", tasks)):
         if "" in named:
             raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import evaluate, finetune_policy, train_policy, train_reward, train_world_model
-from wam_jax import diffusion_policy, evaluation, parallel, specs, success_classifier, training, world_model
+from experiments import config_values, evaluate, finetune_policy, train_policy, train_reward, train_world_model
+from wam_jax import (
+    diffusion_policy,
+    evaluation,
+    imagination,
+    parallel,
+    specs,
+    success_classifier,
+    training,
+    world_model,
+)
 from wam_jax.checkpoints import Checkpointer
 from wam_jax.diffusion_policy import PolicyParams
 
@@ -338,6 +347,15 @@ def test_a_loaded_policy_acts_in_the_environment_as_the_trained_one(workdir, sta
         for policy in (trained, loaded)
     ]
     helpers.assert_equal(*results)
+
+
+def test_success_is_imagined_for_as_long_as_an_episode_outside_whatever_ppo_has(workdir):
+    path, _ = workdir
+    starts, trained = helpers.make_latents(2, (2,), CONFIG.world_model), evaluate.load(CONFIG, path, "bc", TASK)
+    for config in (CONFIG, config_values.changed(CONFIG, "ppo", max_steps=4)):
+        with mock.patch.object(imagination, "success_rate", return_value=0.5) as success_rate:
+            evaluate.imagined_success(config, trained, starts)
+        assert len(success_rate.call_args.args[0].terminated) == CONFIG.evaluation.max_steps // CONFIG.policy.chunk == 3
 
 
 @pytest.mark.parametrize("missing", ["reward", "policy"])

@@ -10,7 +10,6 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from experiments import collect_playtable, config_checks, finetune_policy, launch, reproduce, train_world_model
-from wam_jax import shards
 
 
 @pytest.fixture(autouse=True)
@@ -242,16 +241,6 @@ def test_a_mistake_that_is_found_late_leaves_its_mend_possible(tmp_path):
     launch.prepare(change("dataset.play_steps", 200), str(tmp_path))
 
 
-def test_a_dataset_older_than_an_option_is_one_of_its_default(tmp_path):
-    """Play that was collected before `disturbed_share` could be chosen is not refused, nor taken for another share."""
-    shards.start_dataset(tmp_path, {"kind": "play", "seed": 0, "steps": 400, "train": 4, "validation": 1})
-    config = helpers.make_config()
-    config.dataset.update(play_steps=400, play_episodes=4, validation_episodes=1)
-    shards.start_dataset(tmp_path, launch.play_plan(config))
-    with pytest.raises(ValueError, match=r"made with other settings \(disturbed_share differ"):
-        shards.start_dataset(tmp_path, launch.play_plan(change("dataset.disturbed_share", 0.0, config)))
-
-
 def test_rollouts_last_as_long_as_evaluations_episodes_or_as_they_are_told():
     config = helpers.make_config()  # evaluation.max_steps = 12, chunks of 4
     assert finetune_policy.ppo_settings(FrozenConfigDict(config)).horizon == 3
@@ -352,20 +341,26 @@ MISTAKES = {
     "argument": ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
     "nothing": ([], "--config"),
     "workdir": ([QUICKSTART, "--workdir="], "--workdir is empty"),
-    "no run to read": ([QUICKSTART], "holds no run (it has no config.json)"),
+    "diagnose": ([QUICKSTART], "holds no run (it has no config.json)"),
+    "evaluate_prediction": ([QUICKSTART], "holds no run (it has no config.json)"),
+    "evaluate": ([QUICKSTART, "--policy=bc"], "holds no run (it has no config.json)"),
 }
 
 
-# Each mistake in a process of its own, which begins after the imports that they share.
+# Each mistake in a process of its own, which begins after the imports that they share; the binary is the mistake's name
+# where there is one of that name.
 RUN_EACH = """
-import json, os, sys
-from experiments import collect_playtable, launch
+import json, os, runpy, sys
+from experiments import collect_playtable, train_policy, train_reward, train_world_model
 
 for name, arguments in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
-        sys.argv = ["collect_playtable", *arguments]
+        mistake = os.path.basename(name)
+        binary = mistake if os.path.exists(f"experiments/{mistake}.py") else "collect_playtable"
+        sys.argv = [binary, *arguments]
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-        launch.main(collect_playtable.run, reads=name.endswith("no run to read"))
+        sys.modules.pop(f"experiments.{binary}", None)
+        runpy.run_module(f"experiments.{binary}", run_name="__main__")
     print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 

@@ -333,6 +333,16 @@ def test_the_published_ablations_are_those_of_the_command(monkeypatch, file, run
     assert Path(f"{folder}/{file}").read_text() == print_table.build("differences", **runs, tasks=tasks)[0]
 
 
+@pytest.mark.parametrize("flag", ["against", "tasks"])
+def test_an_empty_list_is_not_taken_for_no_list(make_run, flag):
+    run = make_run("a", {"bc": every_task(of(5))})
+    done = helpers.run_python("-m", "experiments.print_table", "--table=differences", run, f"--{flag}=")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: --{flag}= is empty; name some, comma separated, or leave it out\n",
+    )
+
+
 def test_the_command_writes_what_it_prints(make_run, tmp_path):
     run = make_run("a", {"bc": every_task(of(5))})
     text, values = print_table.build("bc", [run])

@@ -72,10 +72,15 @@ def start_dataset(directory: str | Path, plan: Mapping, may_hold_more: Sequence[
     return complete
 
 
+def read_plan(directory: str | Path) -> dict:
+    """What a dataset's shards were made from, as `start_dataset` noted it; empty where nothing was noted."""
+    path = Path(directory) / PLAN_FILE
+    return json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else {}
+
+
 def pictures(directory: str | Path) -> str:
     """How a dataset's pictures were made, as its plan says: "drawn", "averaged" or "full"; empty where it does not."""
-    path = Path(directory) / PLAN_FILE
-    plan = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else {}
+    plan = read_plan(directory)
     if "frames_per_shard" in plan:  # converted
         return "averaged" if plan["image_size"] else "full"
     return plan.get("pictures", "")

@@ -37,7 +37,7 @@ def get_config(method: str = "wam") -> ConfigDict:
             "demonstrations": "",  # likewise for the demonstrations
             "play_episodes": 600,
             "validation_episodes": 8,
-            "disturbed_share": 0.6,  # of play's attempts; most of them fail
+            "disturbed_share": 0.6,  # of play's attempts, when it is collected; most of the disturbed ones fail
             "play_steps": 800,  # per episode; 600 x 800 / 30 Hz = 4.4 hours (CALVIN D: 4.7 hours)
             "demonstrations_per_task": 50,  # WAM, DiWA; of a dataset that holds more, the first
             "pictures": "drawn",  # CALVIN's simulator: see PICTURES; a policy must see what it was trained on

@@ -3,7 +3,9 @@
 Command: python -m experiments.reproduce --config=experiments/configs/calvin_ensemble.py --workdir=runs/calvin_ensemble
 --calvin_assets=calvin_env/data --starts=eval_starts.npz
 and, for the baseline on the same data, --config=experiments/configs/calvin_ensemble.py:dreamer_v2
-A run of calvin_transfer.py with the same seed lends all that comes before: --reuse=runs/calvin_wam.
+--workdir=runs/calvin_ensemble_dreamer_v2 --reuse=runs/calvin_ensemble
+Runs of calvin_transfer.py with the same seed lend all that comes before: --reuse=runs/calvin_wam and
+--reuse=runs/calvin_dreamer_v2.
 Its values are those of playtable_ensemble.py, fixed there. Scores: docs/results/calvin_ensemble/.
 """
 

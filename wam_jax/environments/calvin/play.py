@@ -21,7 +21,7 @@ from wam_jax.environments.calvin.worker import Frames
 ACTION_NOISE = 0.05  # standard deviation on the three position entries, units of the action
 STEPS_AFTER_SUCCESS = 6  # of a demonstration
 
-# How an attempt is disturbed, and how many of 60 disturbed ones.
+# How an attempt is disturbed, and how often in relation to the other ways.
 _DISTURBANCES = {"offset": 26, "short": 16, "broken off": 10, "gripper": 8}
 _GRIPPER_SHIFTS = (-2, -1, 0, 0, 1, 2)  # waypoints by which the fingers are late or early, 0: reversed
 
@@ -91,7 +91,7 @@ def record_play(pool: Pool, num_steps: int, seed: tuple[int, ...], *, disturbed_
       pool: of scene D, with pictures; its first slot is used.
       num_steps: T.
       seed: the same one gives the same episode.
-      disturbed_share: of the attempts; most of them fail.
+      disturbed_share: of the attempts; most of the disturbed ones fail.
     """
     rng = np.random.default_rng((*seed, 1))
     tape = _Tape(pool, str(rng.choice(starts.TASKS)), (*seed, 0))
@@ -188,7 +188,8 @@ def _next(
         return _free_motion(rng, now, begun)
     scene_obs = now.scene_obs[0]
     task, is_labelled = _choose_task(rng, last.task, counts, scene_obs)
-    shares = [disturbed_share * count / 60 for count in _DISTURBANCES.values()]
+    total = sum(_DISTURBANCES.values())
+    shares = [disturbed_share * weight / total for weight in _DISTURBANCES.values()]
     kind = rng.choice(["clean", *_DISTURBANCES], p=[1 - disturbed_share, *shares])
     return _Activity(
         plan=_disturb(rng, experts.plan(task, now.target[0], scene_obs, rng), kind),

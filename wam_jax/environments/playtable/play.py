@@ -24,9 +24,9 @@ STEPS_AFTER_SUCCESS = 6  # of a demonstration
 _NO_LIMIT = 10_000  # steps
 _FREE = -1  # label of steps without an attempt
 
-# How an attempt is disturbed, and the shares of the disturbed ones, cumulative from the clean ones' 0.
+# How an attempt is disturbed, and how often in relation to the other ways: offset, short, broken off, gripper.
 _CLEAN, _OFFSET, _SHORT, _BROKEN_OFF, _GRIPPER = range(5)
-_DISTURBED_CHOICE = np.array([0, 26, 42, 52]) / 60
+_DISTURBANCES = np.array([26, 16, 10, 8])
 _GRIPPER_SHIFTS = np.array([-2, -1, 0, 0, 1, 2])  # waypoints by which the fingers are late or early, 0: reversed
 
 _FREE_SHARE = 0.6  # of attempts that free motion follows
@@ -70,14 +70,15 @@ def collect_play(
     Args:
       rng: one key; the same key gives the same data.
       num_episodes, num_steps: size of the data.
-      disturbed_share: of the attempts; most of them fail.
+      disturbed_share: of the attempts; most of the disturbed ones fail.
       chunk: episodes that are recorded at once on the accelerator; a step of one needs 25 kB there.
 
     Returns:
       Arrays on the host. `task` is the attempted task and -1 between attempts; `reward` is 1 where the oracle finds the
       attempted task solved since the attempt began. Only the last step of an episode is `is_last`.
     """
-    kind_choice = jnp.asarray(1 - disturbed_share * (1 - _DISTURBED_CHOICE), jnp.float32)
+    shares = np.array([1 - disturbed_share, *disturbed_share * _DISTURBANCES / _DISTURBANCES.sum()])
+    kind_choice = jnp.asarray(np.cumsum(shares)[:-1], jnp.float32)  # as `draws.choice` has it
     collect = partial(_play_chunk, kind_choice=kind_choice, num_steps=num_steps)
     return _in_chunks(collect, jax.random.split(rng, num_episodes), chunk)
 

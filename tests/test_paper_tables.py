@@ -285,6 +285,11 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
             ("playtable_best/wam_1", "playtable_best/wam_2"),
         ),
         (
+            "playtable_best/bc_weight/over_ensemble.md",
+            ("playtable_best/bc_weight/wam_1", "playtable_best/bc_weight/wam_2"),
+            ("playtable_best/ensemble/wam_1", "playtable_best/ensemble/wam_2"),
+        ),
+        (
             "playtable_best/bc_weight/against.md",
             tuple(f"playtable_best/bc_weight/{run}" for run in BEST),
             tuple(f"playtable_best/{run}" for run in BEST),

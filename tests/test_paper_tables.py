@@ -231,7 +231,8 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
 BEST = ("wam_1", "wam_2", "wam_3")
-ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2")
+LEVERS = ("limit_2", "mixture_2", "bc_weight_2")  # four tasks, one value changed
+ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2", "dreamer_v2_3")
 
 
 @pytest.mark.parametrize(
@@ -253,11 +254,17 @@ ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2")
         ("playtable_transfer/wam_3", "differences", (".",)),
         ("playtable_transfer/bootstrapped_2", "differences", (".",)),
         ("playtable_transfer/disagreement_2", "differences", (".",)),
-        *((f"playtable_ensemble/{run}", "differences", (".",)) for run in (*ENSEMBLE_RUNS, "limit_2", "mixture_2")),
-        *(("playtable_ensemble", table, ENSEMBLE_RUNS[:3]) for table in ("differences", "bc", "ppo")),
-        ("playtable_ensemble/methods", "differences", ("../dreamer_v2_2", "../wam_2")),
+        *((f"playtable_ensemble/{run}", "differences", (".",)) for run in (*ENSEMBLE_RUNS, *LEVERS)),
+        ("playtable_ensemble", "differences", ENSEMBLE_RUNS[:3]),
+        *(("playtable_ensemble", table, (*ENSEMBLE_RUNS[3:], *ENSEMBLE_RUNS[:3])) for table in ("bc", "ppo")),
+        (
+            "playtable_ensemble/methods",
+            "differences",
+            tuple(f"../{run}" for run in (*ENSEMBLE_RUNS[3:], *ENSEMBLE_RUNS[1:3])),
+        ),
         *(("calvin_transfer", table, ("dreamer_v2_1", "wam_1")) for table in ("differences", "bc", "ppo")),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
+        ("playtable_transfer/hybrid_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_2", "differences", (".",)),
         ("playtable_transfer/dreamer_v2_3", "differences", (".",)),
@@ -279,6 +286,11 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
         *((f"playtable_ensemble/{x}/against.md", (f"playtable_ensemble/{x}",), (x,)) for x in ENSEMBLE_RUNS[1:]),
         ("playtable_ensemble/against.md", ("playtable_ensemble/wam_2", "playtable_ensemble/wam_3"), ("wam_2", "wam_3")),
+        (
+            "playtable_ensemble/against_dreamer_v2.md",
+            ("playtable_ensemble/dreamer_v2_2", "playtable_ensemble/dreamer_v2_3"),
+            ("dreamer_v2_2", "dreamer_v2_3"),
+        ),
         (
             "playtable_best/ensemble/against.md",
             ("playtable_best/ensemble/wam_1", "playtable_best/ensemble/wam_2"),
@@ -326,14 +338,19 @@ def test_the_published_differences_of_two_configs_are_those_of_the_command(monke
 @pytest.mark.parametrize(
     ("file", "run", "against"),
     [
-        *((f"{part}/against.md", "wam_2", part) for part in ("limit_2", "mixture_2")),
+        *((f"{part}/against.md", "wam_2", part) for part in LEVERS),
+        (
+            "../playtable_transfer/hybrid_2/against.md",
+            "../playtable_transfer/hybrid_2",
+            "../playtable_transfer/dreamer_v2_2",
+        ),
         *((f"{run}/over_neither.md", run, "../playtable_transfer/wam_2") for run in ("limit_2", "mixture_2", "wam_2")),
     ],
 )
 def test_the_published_ablations_are_those_of_the_command(monkeypatch, file, run, against):
     monkeypatch.chdir(helpers.ROOT)
     folder = "docs/results/playtable_ensemble"
-    runs = {"workdirs": [f"{folder}/{run}"], "against": [os.path.normpath(f"{folder}/{against}")]}
+    runs = {"workdirs": [os.path.normpath(f"{folder}/{run}")], "against": [os.path.normpath(f"{folder}/{against}")]}
     tasks = ("open_drawer", "move_slider_left", "turn_on_lightbulb", "turn_on_led")
     assert Path(f"{folder}/{file}").read_text() == print_table.build("differences", **runs, tasks=tasks)[0]
 

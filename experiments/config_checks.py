@@ -253,7 +253,8 @@ def _check_pictures(data: ConfigDict) -> None:
 def _check_disturbed(config: ConfigDict) -> None:
     """Checks that the config says of named play what its plan says."""
     data, default = config.dataset, config_values.defaults(config.method)["dataset.disturbed_share"]
-    found = shards.read_plan(data.play).get("disturbed_share", default) if data.play else data.disturbed_share
+    plan = shards.read_plan(data.play) if data.play else {}
+    found = plan.get("disturbed_share", default) if plan else data.disturbed_share  # nothing is known without a plan
     if found != data.disturbed_share:
         raise ValueError(
             f"config.dataset.disturbed_share={data.disturbed_share} decides how play is collected, and that of "

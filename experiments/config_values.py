@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.configs import base
+from wam_jax import json_files
 
 # What may change between two commands in one workdir. Everything else decides what its files mean: a longer training of
 # the world model, say, would leave policies behind that were cloned on other latents.
@@ -20,6 +21,18 @@ FREE = (
     ".cache",
     ".prediction.",  # read by evaluate_prediction alone, which notes its values
 )
+
+
+def read(path: str, mend: str) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+      ValueError: it is damaged, or no config.
+    """
+    found = json_files.read(path, mend, dict)
+    if found.get("method") not in base.METHODS:
+        raise ValueError(f"{path} is no config of a run (its method is {found.get('method')!r}); {mend}")
+    return found
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

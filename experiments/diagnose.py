@@ -172,4 +172,4 @@ if __name__ == "__main__":
         "train_windows", _default.train_windows, "Windows of play that the probes are fitted on", lower_bound=1
     )
     _WINDOWS = flags.DEFINE_integer("num_windows", _default.num_windows, "Windows of held-out play", lower_bound=2)
-    launch.main(lambda config, workdir: print(run(config, workdir, _options(config), _ONLY.value)), reads=True)
+    launch.main(lambda config, workdir: print(run(config, workdir, _options(config), _ONLY.value)), reads=lambda: True)

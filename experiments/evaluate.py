@@ -259,8 +259,6 @@ def _imagine(config, model):
 
 def _choose_config(config: ConfigDict | None) -> ConfigDict:
     """The given config; without one, what a scripted expert needs, the tasks and the environment."""
-    if _POLICY.value != "expert" and config is not None:
-        launch.require_run()
     if config is None:
         if _POLICY.value != "expert":
             raise ValueError(f"--policy={_POLICY.value} needs the config it was trained with: --config=FILE")
@@ -282,4 +280,5 @@ if __name__ == "__main__":
     launch.main(
         lambda config, workdir: print(tables.markdown(run(config, workdir, _POLICY.value, _VIDEOS.value))),
         _choose_config,
+        reads=lambda: _POLICY.value != "expert",
     )

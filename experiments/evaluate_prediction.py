@@ -204,4 +204,4 @@ def _run_and_print(config, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.main(_run_and_print, reads=True)
+    launch.main(_run_and_print, reads=lambda: True)

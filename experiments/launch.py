@@ -27,7 +27,7 @@ def main(
     choose_config: Callable[[ConfigDict | None], ConfigDict] | None = None,
     *,
     trains: bool = False,
-    reads: bool = False,
+    reads: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs a binary: parses its flags, checks its config, and turns a user's mistake into one line of error.
 
@@ -35,7 +35,7 @@ def main(
       run: gets the config and the workdir.
       trains: whether several processes may run it together.
       choose_config: what other flags make of the config, which then may be left out; None: it is taken as it is.
-      reads: it only measures a run that is there: see `require_run`.
+      reads: whether, as the other flags say, it only measures a run that is there.
     """
     flags.mark_flags_as_required(["workdir"] if choose_config else ["config", "workdir"])
 
@@ -45,11 +45,14 @@ def main(
                 raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
             if not WORKDIR.value:
                 raise ValueError("--workdir is empty; name the folder of the run, e.g. --workdir=runs/quickstart")
-            if reads:
-                require_run()
+            if reads() and not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
+                raise ValueError(
+                    f"--workdir={WORKDIR.value} holds no run (it has no config.json); name the folder of one, finished "
+                    "or not; where that file was deleted, experiments.reproduce with the run's config writes it again"
+                )
             several_processes.connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value
-            run(prepare(config, str(WORKDIR.value)), str(WORKDIR.value))
+            run(prepare(config, str(WORKDIR.value), reads=reads()), str(WORKDIR.value))
         except (ValueError, FloatingPointError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")
@@ -85,12 +88,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(f"error: the file that --config names could not be loaded ({reason})")
 
 
-def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
+def prepare(config: ConfigDict, workdir: str, *, reads: bool = False) -> FrozenConfigDict:
     """Checks a config against itself, the machine and the workdir, before any work starts.
 
     Args:
       config: from the config file and its overrides.
       workdir: folder of the run; gets config.json.
+      reads: the run is there: its config.json is compared even where it lies alone.
 
     Returns:
       the config, frozen and hashable.
@@ -109,20 +113,8 @@ def prepare(config: ConfigDict, workdir: str) -> FrozenConfigDict:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     parallel.any_process(False)  # processes connect while they are together: on a CPU one waits 30 s for the others
     if parallel.is_first_process():
-        _check_workdir(config, workdir)
+        _check_workdir(config, workdir, reads)
     return FrozenConfigDict(config)
-
-
-def require_run() -> None:
-    """Refuses a mistyped --workdir before anything is written there.
-
-    Raises:
-      ValueError: it has no config.json.
-    """
-    if not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
-        raise ValueError(
-            f"--workdir={WORKDIR.value} holds no run (it has no config.json); name the folder of a run, finished or not"
-        )
 
 
 def before_devices() -> None:
@@ -133,12 +125,12 @@ def before_devices() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _check_workdir(config: ConfigDict, workdir: str) -> None:
+def _check_workdir(config: ConfigDict, workdir: str, reads: bool) -> None:
     """Writes config.json, or compares it: a workdir holds the files of one config, once it holds any."""
     path = os.path.join(workdir, "config.json")
     new = json.loads(config.to_json_best_effort())
-    if os.path.exists(path) and _holds_work(workdir):
-        old = json_files.read(path, "delete it if you know that the config of this run has not changed")
+    if os.path.exists(path) and (reads or _holds_work(workdir)):
+        old = config_values.read(path, "delete it if you know that the config of this run has not changed")
         changed = list(config_values.differing(old, new).items())
         if changed:
             key, (was, now) = changed[0]

@@ -70,7 +70,9 @@ class Change:
 def main(workdirs: Sequence[str]) -> None:
     """Prints the numbers and writes the picture, both where --output says."""
     path = _OUTPUT.value
-    text_path = check_output(path)
+    text_path = path.removesuffix(".png") + ".md"
+    cli.check_output(path, ".png")
+    cli.check_output(text_path, ".md")
     changes = load(workdirs)
     text = markdown(changes)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -79,28 +81,13 @@ def main(workdirs: Sequence[str]) -> None:
     print(text)
 
 
-def check_output(path: str) -> str:
-    """Checks the name of the picture to write; returns that of the numbers beside it.
-
-    Raises:
-      ValueError: it does not end in .png, or one of the two is a folder.
-    """
-    if not path.endswith(".png"):
-        raise ValueError(f"--output={path} does not end in .png; name the picture to write")
-    text_path = path.removesuffix(".png") + ".md"
-    for name in (path, text_path):
-        if os.path.isdir(name):
-            raise ValueError(f"--output={path}: {name} is a folder; take another name")
-    return text_path
-
-
 def load(workdirs: Sequence[str]) -> list[Change]:
     """Reads the policies of finished runs.
 
     Raises:
       ValueError: there is none; or one is named twice, of another environment, or lacks a stage or imagination of one.
     """
-    if not workdirs:
+    if not workdirs or "" in workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.plot_transfer runs/quickstart")
     paths = [os.path.realpath(workdir) for workdir in workdirs]
     twice = [workdir for workdir, path in zip(workdirs, paths, strict=True) if paths.count(path) > 1]
@@ -173,9 +160,6 @@ def _rates(name: str, row: tables.Row | None, task: str, stage: str) -> tuple[fl
             f"{name}/table.json has no {missing} of {task} at stage {stage}; run experiments.evaluate --policy={stage} "
             "with this --workdir"
         )
-    for what, value in (("imagined_success", row.imagined_success), ("success", row.success)):
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{name}/table.json: {what} of {task} at stage {stage} is {value!r}, expected 0 to 1")
     return row.imagined_success, row.success
 
 

@@ -35,7 +35,8 @@ TABLES = ("success", "prediction", "bc", "ppo", "differences")
 def main(argv: Sequence[str]) -> None:
     """Prints a Markdown table of every workdir named, and writes it where --output says."""
     output = _OUTPUT.value
-    check_output(output)
+    if output:
+        cli.check_output(output, ".md", ".json")
     for flag in (_AGAINST, _TASKS):
         if flag.present and not flag.value:
             raise ValueError(f"--{flag.name}= is empty; name some, comma separated, or leave it out")
@@ -46,16 +47,6 @@ def main(argv: Sequence[str]) -> None:
     print(text)
     if output:
         save(output, text, values)
-
-
-def check_output(path: str) -> None:
-    """Checks the name of a file to write; an empty one stands for none.
-
-    Raises:
-      ValueError: its ending is unknown.
-    """
-    if path and not path.endswith((".md", ".json")):
-        raise ValueError(f"--output={path} ends neither in .md nor in .json; name the file after what it is to hold")
 
 
 def save(path: str, text: str, values: Any) -> None:
@@ -96,6 +87,8 @@ def build(
             raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
+    if twice := [name for name in workdirs if workdirs.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named twice; its episodes would count twice")
     for name, wanted, there in (
         ("pool_seeds", ("success",), pool_seeds),
         ("apart", ("bc", "ppo", "differences"), apart),

@@ -50,7 +50,7 @@ def take_over(config, workdir: str, source: str) -> list[str]:
         raise ValueError(f"--reuse={source} holds no run (there is no {path}); name the workdir of one")
     if os.path.realpath(source) == os.path.realpath(workdir):
         raise ValueError(f"--reuse={source} is this run's own workdir; name another run's")
-    there = json_files.read(path, "name the workdir of another run")
+    there = config_values.read(path, "name the workdir of another run")
     different = config_values.differing(there, json.loads(config.to_json_best_effort()))
     taken = [
         name
@@ -98,10 +98,9 @@ def _names(part: str, config, source: str) -> Iterator[str]:
 def _demonstrates(config, source: str) -> bool:
     """Whether the other run collected demonstrations of this config's tasks; a finished dataset may hold more."""
     directory = launch.collected_directory(config, source, "demonstrations")
-    path = os.path.join(directory, shards.PLAN_FILE)
-    if not os.path.exists(path):
+    held = shards.read_plan(directory).get("tasks")
+    if held is None:
         return False
-    held = json_files.read(path, f"delete {directory} and collect again")["tasks"]
     if os.path.exists(os.path.join(directory, shards.INFO_FILE)):
         return {*config.tasks} <= {*held}
     return list(config.tasks) == held

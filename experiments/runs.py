@@ -60,7 +60,7 @@ def load(workdir: str) -> Run:
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ValueError(f"no {path}; every run writes one: copy it beside its table.json")
-    config = json_files.read(path, "take the run's own")
+    config = json_files.read(path, "take the run's own", dict)
     known = config_values.flat(config)
     missing = [key for key in _NEEDED if key not in known]
     if missing:

@@ -62,15 +62,6 @@ def test_gains_are_sorted_by_what_imagination_gave_the_cloned_policy(make_run, t
     assert (tmp_path / "transfer.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_the_picture_and_its_numbers_are_files_that_can_be_written(tmp_path):
-    assert plot_transfer.check_output("a/b.png") == "a/b.md"
-    with pytest.raises(ValueError, match="--output=a.txt does not end in .png"):
-        plot_transfer.check_output("a.txt")
-    (tmp_path / "a.md").mkdir()
-    with pytest.raises(ValueError, match=f"{tmp_path}/a.md is a folder; take another name"):
-        plot_transfer.check_output(f"{tmp_path}/a.png")
-
-
 def test_what_a_run_lacks_is_named(make_run):
     without = make_run("a", {OPEN: ((None, 2), (9, 6))})
     with pytest.raises(ValueError, match=r"no imagined success of open_drawer at stage bc; run experiments.evaluate"):
@@ -78,7 +69,7 @@ def test_what_a_run_lacks_is_named(make_run):
     with pytest.raises(ValueError, match="name at least one workdir"):
         plot_transfer.load([])
     damaged = make_run("c", {OPEN: ((70, 2), (9, 6))})
-    with pytest.raises(ValueError, match=r"imagined_success of open_drawer at stage bc is 7.0, expected 0 to 1"):
+    with pytest.raises(ValueError, match="entry 0: imagined_success=7.0 cannot be"):
         plot_transfer.load([damaged])
     elsewhere = make_run("d", {OPEN: ((5, 2), (9, 6))}, environment="calvin")
     with pytest.raises(ValueError, match="runs of calvin and playtable: draw them apart"):

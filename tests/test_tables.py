@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from experiments import print_table
-from wam_jax import intervals, specs, tables
+from wam_jax import intervals, json_files, specs, tables
 
 
 def make_row(task="open_drawer", stage="bc", successes=8, episodes=10, **changes):
@@ -113,3 +114,34 @@ def test_another_file_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="table.json is (damaged|not a table of results) .*; remove it"):
         tables.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("successes", "9"),
+        ("successes", 11),
+        ("episodes", 0),
+        ("episodes", 2.5),
+        ("imagined_success", "0.5"),
+        ("imagined_success", 5.0),
+        ("success", 0.123),
+        ("task", ["a"]),
+        ("stage", "foo"),
+    ],
+)
+def test_a_row_that_cannot_be_is_named(tmp_path, field, value):
+    path = str(tmp_path / "table.json")
+    tables.save(path, [make_row()])
+    assert tables.load(path) == [make_row()]
+    json_files.write(path, [{**dataclasses.asdict(make_row()), field: value}])
+    with pytest.raises(
+        ValueError, match=rf"table.json, entry 0: {field}=.*{re.escape(repr(value))} cannot be; remove it"
+    ):
+        tables.load(path)
+
+
+def test_a_table_that_is_no_list_is_named(tmp_path):
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(ValueError, match="it holds a dict, not a list"):
+        tables.load(str(tmp_path / "table.json"))

@@ -1,5 +1,6 @@
 """What binaries without a config share: a user's mistake is one line, an interruption too."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,26 @@ def run(main: Callable[[Sequence[str]], None], *, takes: str = "") -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def check_output(path: str, *endings: str) -> None:
+    """Checks the name of a file that --output asks for, before any work.
+
+    Raises:
+      ValueError: its ending is none of `endings`, or no file of that name can be written.
+    """
+    stem, ending = os.path.splitext(path)
+    if ending not in endings:
+        raise ValueError(
+            f"--output={path} ends in none of {', '.join(endings)}; name the file after what it is to hold"
+        )
+    if os.path.isdir(path):
+        raise ValueError(f"--output={path} is a folder; name a file")
+    folder = os.path.dirname(path)
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--output={path}: {folder} is a file; name another folder")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -19,14 +19,17 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def read(path: str | Path, mend: str) -> Any:
+def read(path: str | Path, mend: str, kind: type | None = None) -> Any:
     """Reads a JSON file.
 
     Raises:
-      ValueError: it is no JSON; `mend` says what to do then.
+      ValueError: it is no JSON, or not of the kind, dict or list; `mend` says what to do then.
     """
     try:
         with open(path) as file:
-            return json.load(file)
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            value = json.load(file)
+    except (ValueError, IsADirectoryError) as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path} is damaged ({error}); {mend}") from error
+    if kind and not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged (it holds a {type(value).__name__}, not a {kind.__name__}); {mend}")
+    return value

@@ -56,7 +56,7 @@ def start_dataset(directory: str | Path, plan: Mapping, may_hold_more: Sequence[
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PLAN_FILE
     new = json.loads(json.dumps(plan))
-    old = json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else new
+    old = read_plan(directory) if path.exists() else new
     complete = (directory / INFO_FILE).exists()
     enough = {key for key in may_hold_more if complete and key in new and {*new[key]} <= {*old.get(key, ())}}
     changed = sorted(key for key in {*old, *new} - enough if old.get(key) != new.get(key))
@@ -75,7 +75,7 @@ def start_dataset(directory: str | Path, plan: Mapping, may_hold_more: Sequence[
 def read_plan(directory: str | Path) -> dict:
     """What a dataset's shards were made from, as `start_dataset` noted it; empty where nothing was noted."""
     path = Path(directory) / PLAN_FILE
-    return json_files.read(path, f"delete {directory} and write the dataset again") if path.exists() else {}
+    return json_files.read(path, f"delete {directory} and write the dataset again", dict) if path.exists() else {}
 
 
 def pictures(directory: str | Path) -> str:

@@ -1,8 +1,10 @@
 """Rows of results and their tables: one format for every evaluation of the project."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -97,9 +99,32 @@ def load_episodes(path: str) -> list[Episode]:
 def _load(path: str, kind: type) -> list:
     mend = "remove it and evaluate again"
     try:
-        return [kind(**row) for row in json_files.read(path, mend)]
+        found = [kind(**row) for row in json_files.read(path, mend, list)]
     except TypeError as error:
         raise ValueError(f"{path} is not a table of results ({error}); {mend}") from error
+    for number, one in enumerate(found):
+        if wrong := _wrong(one):
+            raise ValueError(f"{path}, entry {number}: {wrong}={getattr(one, wrong)!r} cannot be; {mend}")
+    return found
+
+
+def _wrong(one: Row | Episode) -> str:
+    """The name of a field whose value cannot be; empty where all can."""
+    for field in dataclasses.fields(one):
+        value, kind = getattr(one, field.name), cast(Any, field.type)
+        if not isinstance(value, float | int if kind is float else kind):
+            return field.name
+    if isinstance(one, Row):
+        rate = one.imagined_success
+        possible = {
+            "stage": one.stage in STAGES,
+            "episodes": one.episodes >= 1,
+            "successes": 0 <= one.successes <= one.episodes,
+            "imagined_success": rate is None or 0 <= rate <= 1,
+        }
+        possible["success"] = possible["episodes"] and math.isclose(one.success, one.successes / one.episodes)
+        return next((name for name, can_be in possible.items() if not can_be), "")
+    return "" if min(one.number, one.steps) >= 0 else "number" if one.number < 0 else "steps"
 
 
 def success(

@@ -231,7 +231,7 @@ def test_an_option_of_another_table_is_refused(table, options, message):
 
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
 BEST = ("wam_1", "wam_2", "wam_3")
-LEVERS = ("limit_2", "mixture_2", "bc_weight_2")  # four tasks, one value changed
+LEVERS = ("limit_2", "mixture_2", "bc_weight_2", "undisturbed_2")  # four tasks, one value changed
 ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2", "dreamer_v2_3")
 
 
@@ -262,7 +262,11 @@ ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2", "dreamer_v2_3")
             "differences",
             tuple(f"../{run}" for run in (*ENSEMBLE_RUNS[3:], *ENSEMBLE_RUNS[1:3])),
         ),
-        *(("calvin_transfer", table, ("dreamer_v2_1", "wam_1")) for table in ("differences", "bc", "ppo")),
+        *(
+            (name, table, ("dreamer_v2_1", "wam_1"))
+            for name in ("calvin_transfer", "calvin_ensemble")
+            for table in ("differences", "bc", "ppo")
+        ),
         ("playtable_transfer/gaussian_2", "differences", (".",)),
         ("playtable_transfer/hybrid_2", "differences", (".",)),
         ("playtable_transfer/online_2", "differences", (".",)),
@@ -285,6 +289,10 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
         *((f"playtable_ensemble/{x}/against.md", (f"playtable_ensemble/{x}",), (x,)) for x in ENSEMBLE_RUNS[1:]),
+        *(
+            (f"calvin_ensemble/{x}/against.md", (f"calvin_ensemble/{x}",), (f"calvin_transfer/{x}",))
+            for x in ("dreamer_v2_1", "wam_1")
+        ),
         ("playtable_ensemble/against.md", ("playtable_ensemble/wam_2", "playtable_ensemble/wam_3"), ("wam_2", "wam_3")),
         (
             "playtable_ensemble/against_dreamer_v2.md",

@@ -162,6 +162,7 @@ def write_trust(run, counts):
     [
         ("playtable_transfer", ["dreamer_v2_1", "dreamer_v2_2", "dreamer_v2_3", *WAM], "three_seeds/transfer.md"),
         ("playtable_best", WAM, "transfer.md"),
+        ("calvin_ensemble", ["dreamer_v2_1", "wam_1"], "transfer.md"),
         ("playtable_best/bc_weight", WAM, "transfer.md"),
         ("playtable_ensemble", ["dreamer_v2_2", "dreamer_v2_3", *WAM], "transfer.md"),
     ],

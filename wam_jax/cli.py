@@ -38,7 +38,7 @@ def check_output(path: str, *endings: str) -> None:
     Raises:
       ValueError: its ending is none of `endings`, or no file of that name can be written.
     """
-    stem, ending = os.path.splitext(path)
+    ending = os.path.splitext(path)[1]
     if ending not in endings:
         raise ValueError(
             f"--output={path} ends in none of {', '.join(endings)}; name the file after what it is to hold"

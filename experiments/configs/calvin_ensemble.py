@@ -6,7 +6,7 @@ and, for the baseline on the same data, --config=experiments/configs/calvin_ense
 --workdir=runs/calvin_ensemble_dreamer_v2 --reuse=runs/calvin_ensemble
 Runs of calvin_transfer.py with the same seed lend all that comes before: --reuse=runs/calvin_wam and
 --reuse=runs/calvin_dreamer_v2.
-Its values are those of playtable_ensemble.py, fixed there. Scores: docs/results/calvin_ensemble/.
+Its values are those of playtable_ensemble.py, fixed there. Hardware, hours and scores: docs/results/calvin_ensemble/.
 """
 
 from ml_collections import ConfigDict

@@ -71,6 +71,13 @@ def test_settings_of_any_kind_are_saved(tmp_path):
     helpers.assert_equal(restore(tmp_path, settings=settings)["params"], make_state()["params"])
 
 
+@pytest.mark.parametrize("place", ["world_model", "policy/open_drawer"])
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, place):
+    (tmp_path / place.split("/")[0]).write_text("")
+    with pytest.raises(ValueError, match=f"{place} should be a folder of checkpoints"):
+        Checkpointer(str(tmp_path / place))
+
+
 def test_the_newest_is_restored_unless_a_step_is_named(tmp_path):
     save(tmp_path, (1, 5, 10))
     assert restore(tmp_path)["step"] == 10

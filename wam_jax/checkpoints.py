@@ -22,9 +22,16 @@ class Checkpointer:
         """Opens a folder, made where there is none; saving deletes the oldest beyond `max_to_keep`.
 
         Raises:
-          ValueError: the newest checkpoint lacks a part.
+          ValueError: the folder cannot be made, or the newest checkpoint lacks a part.
         """
         self.directory = os.path.abspath(directory)
+        try:
+            os.makedirs(self.directory, exist_ok=True)  # Orbax waits for minutes where a file is in its place
+        except OSError as error:
+            raise ValueError(
+                f"{self.directory} should be a folder of checkpoints and cannot be made ({error.strerror}); it, and all "
+                "that it lies in, must be folders that you can write"
+            ) from error
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)

@@ -29,8 +29,8 @@ class Checkpointer:
             os.makedirs(self.directory, exist_ok=True)  # Orbax waits for minutes where a file is in its place
         except OSError as error:
             raise ValueError(
-                f"{self.directory} should be a folder of checkpoints and cannot be made ({error.strerror}); it, and all "
-                "that it lies in, must be folders that you can write"
+                f"{self.directory} should be a folder of checkpoints and cannot be made ({error.strerror}); it, and "
+                "all that it lies in, must be folders that you can write"
             ) from error
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}

@@ -251,10 +251,17 @@ def _check_pictures(data: ConfigDict) -> None:
 
 
 def _check_disturbed(config: ConfigDict) -> None:
-    """Checks that the config says of named play what its plan says."""
+    """Checks that the config says of named play what its plan says, where that was collected."""
     data, default = config.dataset, config_values.defaults(config.method)["dataset.disturbed_share"]
     plan = shards.read_plan(data.play) if data.play else {}
-    found = plan.get("disturbed_share", default) if plan else data.disturbed_share  # nothing is known without a plan
+    if plan.get("kind") != "play":
+        return  # nothing is known without a plan, and converted play has no such share
+    found = plan.get("disturbed_share", default)
+    if not isinstance(found, int | float) or not 0 <= found <= 1:
+        raise ValueError(
+            f"{data.play}/{shards.PLAN_FILE} has disturbed_share={found!r}, expected a share from 0 to 1; collect that "
+            "play again"
+        )
     if found != data.disturbed_share:
         raise ValueError(
             f"config.dataset.disturbed_share={data.disturbed_share} decides how play is collected, and that of "

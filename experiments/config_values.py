@@ -30,8 +30,10 @@ def read(path: str, mend: str) -> dict[str, Any]:
       ValueError: it is damaged, or no config.
     """
     found = json_files.read(path, mend, dict)
-    if found.get("method") not in base.METHODS:
-        raise ValueError(f"{path} is no config of a run (its method is {found.get('method')!r}); {mend}")
+    if not any(found.get("method") == method for method in base.METHODS):
+        raise ValueError(
+            f"{path} is no config of a run (its method is {found.get('method')!r}); name the folder of a run"
+        )
     return found
 
 

@@ -229,7 +229,10 @@ def start_latents(config, environment: Environment, policy: evaluation.Policy, t
 
 
 def imagined_success(config, trained: Trained, starts: LatentState) -> float:
-    """Success of a policy, sampled as in evaluation, from a bank of starts inside the world model."""
+    """Success of a policy, sampled as in evaluation, from a bank of starts inside the world model.
+
+    An episode there has `evaluation.max_steps` steps, like one outside, whatever `ppo.max_steps` is.
+    """
     inputs = imagination.ImaginationInputs(
         starts, jnp.int32(len(starts.deterministic)),
         world_model.imagination_params(trained.model, trained.world_model_params), trained.reward_params,

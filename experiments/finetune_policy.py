@@ -198,7 +198,7 @@ def _trusted_starts(config, workdir: str, rewards: dict[str, Params]) -> dict[st
 def read_trust(workdir: str) -> dict[str, Any]:
     """Of each task that was judged the figures of `start_bank`; {} where none was."""
     path = _trust_path(workdir)
-    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+    return json_files.read(path, "delete it; the same command writes it again", dict) if os.path.exists(path) else {}
 
 
 def keeps_cloned(config, workdir: str, task: str) -> bool:

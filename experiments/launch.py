@@ -48,7 +48,8 @@ def main(
             if reads() and not os.path.exists(os.path.join(WORKDIR.value, "config.json")):
                 raise ValueError(
                     f"--workdir={WORKDIR.value} holds no run (it has no config.json); name the folder of one, finished "
-                    "or not; where that file was deleted, experiments.reproduce with the run's config writes it again"
+                    "or not; where that file was deleted, experiments.reproduce --until=collect with the run's config "
+                    "writes it again"
                 )
             several_processes.connect(trains)
             config = choose_config(CONFIG.value) if choose_config else CONFIG.value

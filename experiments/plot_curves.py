@@ -23,6 +23,8 @@ def main(argv) -> None:
     """Writes one picture with a panel for each curve."""
     del argv
     workdirs = _WORKDIRS.value
+    path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
+    cli.check_output(path, ".png")
     for workdir in workdirs:
         if not metrics.read(workdir, "world_model"):
             sys.exit(f"error: {workdir}/metrics.jsonl has no rows of the world model; train it first")
@@ -43,7 +45,6 @@ def main(argv) -> None:
             ylabel="success of the rollouts",
             ylim=(-0.03, 1.03),
         )  # lines at 0 and 1 stay visible
-    path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path + ".tmp", format="png", dpi=90)
     os.replace(path + ".tmp", path)

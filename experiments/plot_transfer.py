@@ -89,10 +89,7 @@ def load(workdirs: Sequence[str]) -> list[Change]:
     """
     if not workdirs or "" in workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.plot_transfer runs/quickstart")
-    paths = [os.path.realpath(workdir) for workdir in workdirs]
-    twice = [workdir for workdir, path in zip(workdirs, paths, strict=True) if paths.count(path) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is named twice; its policies would count twice")
+    runs.check_distinct(workdirs)
     loaded = [runs.load(workdir) for workdir in workdirs]
     environments = sorted({run.config["environment"] for run in loaded})
     if len(environments) > 1:
@@ -116,11 +113,10 @@ def _verdicts(name: str, tasks: Sequence[str]) -> dict[str, Verdicts]:
 
     Without tasks that were not judged, or of which play has no success or no failure.
     """
-    path = os.path.join(name, "diagnose", "trust.json")
+    path = _trust_path(name)
     if not os.path.exists(path):
         return {}
-    record = json_files.read(path, _TRUST_MEND)
-    units = record.get("units") if isinstance(record, dict) else None
+    units = json_files.read(path, _TRUST_MEND, dict).get("units")
     if not isinstance(units, dict):
         raise ValueError(f"{path} has no units of tasks; {_TRUST_MEND}")
     found = {}
@@ -197,6 +193,10 @@ def markdown(changes: Sequence[Change]) -> str:
     ]) + "\n"  # fmt: skip
 
 
+def _trust_path(run: str) -> str:
+    return os.path.join(run, "diagnose", "trust.json")
+
+
 def _corrected(changes: Sequence[Change]) -> list[Change]:
     """All of them corrected, but for those whose verdicts say nothing; none at all if one has no verdicts."""
     corrected = [change.corrected for change in changes]
@@ -205,10 +205,11 @@ def _corrected(changes: Sequence[Change]) -> list[Change]:
 
 
 def _uncorrected(changes: Sequence[Change]) -> list[str]:
-    """A sentence on the policies that could not be corrected, where others could."""
+    """A sentence on the policies that could not be corrected, where any run has been asked for it."""
     lacking = [change for change in changes if change.verdicts is None]
     mute = [c for c in changes if c.corrected and not np.isfinite(c.corrected.before[0])]
-    if 0 < len(lacking) < len(changes):
+    asked = any(os.path.exists(_trust_path(change.run)) for change in changes)
+    if lacking and asked:
         why = "Nothing is corrected: diagnose/trust.json (--only=trust) has no successes and failures of play of these"
         return [f"{why}: {_listed(lacking)}."]
     if mute:

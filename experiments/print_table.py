@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     output = _OUTPUT.value
     if output:
         cli.check_output(output, ".md", ".json")
-    for flag in (_AGAINST, _TASKS):
+    for flag in (_APART, _AGAINST, _TASKS):
         if flag.present and not flag.value:
             raise ValueError(f"--{flag.name}= is empty; name some, comma separated, or leave it out")
     text, values = build(
@@ -74,7 +74,7 @@ def build(
       pool_seeds: "success" alone: runs of one config that differ in their seed are one column.
       apart: names of config values that tell columns apart, besides environment and method.
       against: "differences" alone: workdirs of the runs to subtract.
-      tasks: with `against`: those to compare, where one side has more of them; all where none is named.
+      tasks: "differences" alone: those to compare, where one side has more of them; all where none is named.
 
     Raises:
       ValueError: a run is missing or of another config than the others of its column, or an option does not belong to
@@ -87,17 +87,15 @@ def build(
             raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
-    if twice := [name for name in workdirs if workdirs.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is named twice; its episodes would count twice")
+    runs.check_distinct(workdirs)
     for name, wanted, there in (
         ("pool_seeds", ("success",), pool_seeds),
         ("apart", ("bc", "ppo", "differences"), apart),
         ("against", ("differences",), against),
+        ("tasks", ("differences",), tasks),
     ):
         if there and table not in wanted:
             raise ValueError(f"--{name} belongs to --table={tables.join(wanted)}, not to {table}; leave it out")
-    if tasks and not against:
-        raise ValueError("--tasks goes with --against, whose tasks it narrows down; name the runs to subtract, too")
     if table == "prediction":
         found = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in workdirs}
         return prediction_tables.markdown(found), {name: results["metrics"] for name, results in found.items()}
@@ -113,7 +111,7 @@ def build(
         return tables.markdown(rows, outcomes), [dataclasses.asdict(row) for row in rows]
     groups = runs.gather([runs.load(workdir) for workdir in workdirs], apart or ("ppo.rollouts",))
     if table == "differences":
-        values = _compare_with(groups, against, apart, tasks) if against else _compare_within(groups)
+        values = _compare_with(groups, against, apart, tasks) if against else _compare_within(groups, tasks)
         return differences.markdown(values), values
     values = success_tables.compute(table, [_column(group, table) for group in groups], runs.config_notes(groups))
     return success_tables.markdown(values), values
@@ -165,8 +163,8 @@ def _column(group: runs.Group, stage: str) -> success_tables.Column:
     )
 
 
-def _compare_within(groups: Sequence[runs.Group]) -> dict[str, Any]:
-    """Ppo minus bc of every group, and wam minus dreamer_v2 of every stage that both have."""
+def _compare_within(groups: Sequence[runs.Group], tasks: Sequence[str]) -> dict[str, Any]:
+    """Ppo minus bc of every group, and wam minus dreamer_v2 of every stage that both have, as `_compare_with` does."""
     columns = [_pair(f"{g.title}, ppo - bc", (g, "ppo"), (g, "bc")) for g in groups if runs.stages(g) == ["bc", "ppo"]]
     notes = []
     methods = {(g.config["environment"], g.apart, g.config["method"]): g for g in groups}
@@ -182,7 +180,7 @@ def _compare_within(groups: Sequence[runs.Group]) -> dict[str, Any]:
             f"nothing to compare in {', '.join(run.name for g in groups for run in g.runs)}: differences need the "
             "stages bc and ppo of a run, or one stage of wam and of dreamer_v2, or --against"
         )
-    return differences.compute(columns, notes)
+    return differences.compute(_of_tasks(columns, tasks), notes)
 
 
 def _compare_with(
@@ -199,23 +197,29 @@ def _compare_with(
     if not both:
         raise ValueError(f"{first.runs[0].name} and {second.runs[0].name} have no stage in common; evaluate both")
     columns = [_pair(f"{first.title}, {stage}: first - second", (first, stage), (second, stage)) for stage in both]
-    columns = [_of_tasks(column, tasks) for column in columns] if tasks else columns
     names = [", ".join(run.name for run in group.runs) for group in (first, second)]
     changed = config_values.differing(first.config, second.config)
     unsaid = {"seed", "tasks"} if tasks else {"seed"}
     texts = [f"{key} ({one!r}, {other!r})" for key, (one, other) in changed.items() if key not in unsaid]
     note = f"First: {names[0]}. Second: {names[1]}. Their configs differ in {', '.join(texts) or 'nothing'}."
-    return differences.compute(columns, [note])
+    return differences.compute(_of_tasks(columns, tasks), [note])
 
 
-def _of_tasks(comparison: differences.Comparison, tasks: Sequence[str]) -> differences.Comparison:
-    sides = (comparison.first, comparison.second)
-    for task in tasks:
-        if any(task not in side for side in sides):
-            there = ", ".join(sorted(sides[0].keys() & sides[1].keys())) or "none"
-            raise ValueError(f"--tasks={task}: {comparison.title} has not both sides of it, but of {there}")
-    first, second = ({task: side[task] for task in tasks} for side in sides)
-    return dataclasses.replace(comparison, first=first, second=second, untrained=comparison.untrained & {*tasks})
+def _of_tasks(comparisons: Sequence[differences.Comparison], tasks: Sequence[str]) -> list[differences.Comparison]:
+    """Comparisons of these tasks alone; of all that they have where none is named."""
+    if not tasks:
+        return list(comparisons)
+    narrowed = []
+    for comparison in comparisons:
+        sides = (comparison.first, comparison.second)
+        for task in tasks:
+            if any(task not in side for side in sides):
+                there = ", ".join(sorted(sides[0].keys() & sides[1].keys())) or "none"
+                raise ValueError(f"--tasks={task}: {comparison.title} has not both sides of it, but of {there}")
+        first, second = ({task: side[task] for task in tasks} for side in sides)
+        untrained = comparison.untrained & {*tasks}
+        narrowed.append(dataclasses.replace(comparison, first=first, second=second, untrained=untrained))
+    return narrowed
 
 
 def _pair(title: str, first: tuple[runs.Group, str], second: tuple[runs.Group, str]) -> differences.Comparison:
@@ -239,7 +243,7 @@ if __name__ == "__main__":
     _APART = flags.DEFINE_list("apart", [], "Config values that tell columns apart, comma separated: ppo.rollouts,...")
     _AGAINST = flags.DEFINE_list("against", [], "Of --table=differences: workdirs to subtract, comma separated")
     _TASKS = flags.DEFINE_list(
-        "tasks", [], "With --against: tasks to compare, where one side has more, comma separated"
+        "tasks", [], "Of --table=differences: tasks to compare, where one side has more, comma separated"
     )
     _OUTPUT = flags.DEFINE_string("output", "", "File to write as well: .md, or .json with unrounded numbers")
     cli.run(main, takes="workdirs")

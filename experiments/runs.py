@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import config_values
-from wam_jax import json_files, tables
+from wam_jax import tables
 
 PLACES = ("imagination", "environment")  # where PPO's rollouts happen, config.ppo.rollouts
 _LOCATIONS = ("dataset.play", "dataset.demonstrations")  # where data lie; what they hold no config says
@@ -18,6 +18,7 @@ _NEEDED = (
     *("world_model.num_steps", "ppo.num_iterations", "ppo.num_rollouts", "policy.chunk"),
     *("evaluation.seed", "evaluation.max_steps"),
 )
+_TEXTS = ("environment", "method", "dataset.demonstrations")  # of them; the others are whole numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load(workdir: str) -> Run:
     """Reads a run.
 
     Raises:
-      ValueError: config.json or table.json is missing, damaged, or not of the other.
+      ValueError: config.json or table.json is missing, damaged, or not of the other, or a row stands twice.
     """
     rows = tables.load(os.path.join(workdir, "table.json"))
     if not rows:
@@ -60,11 +61,13 @@ def load(workdir: str) -> Run:
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise ValueError(f"no {path}; every run writes one: copy it beside its table.json")
-    config = json_files.read(path, "take the run's own", dict)
+    config = config_values.read(path, "take the run's own")
     known = config_values.flat(config)
     missing = [key for key in _NEEDED if key not in known]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; take the run's own config.json")
+    for key in (key for key in _NEEDED if key not in _TEXTS and type(known[key]) is not int):
+        raise ValueError(f"{path} has {key}={known[key]!r}, expected a whole number; take the run's own config.json")
     for row in rows:
         mine = (config["environment"], row.method if row.method == "-" else config["method"], config["seed"])
         if (row.environment, row.method, row.seed) != mine:
@@ -72,7 +75,22 @@ def load(workdir: str) -> Run:
                 f"{workdir}/table.json has a row of {row.environment}, {row.method}, seed {row.seed}, its config.json "
                 f"says {config['environment']}, {config['method']}, seed {config['seed']}; they are of different runs"
             )
+    counts = collections.Counter((row.task, row.stage) for row in rows)
+    for task, stage in (key for key, count in counts.items() if count > 1):
+        raise ValueError(f"{workdir}/table.json has {task} at stage {stage} twice; remove it and evaluate again")
     return Run(workdir, config, tuple(rows))
+
+
+def check_distinct(workdirs: Sequence[str]) -> None:
+    """Checks that no run is named twice, however it is spelled.
+
+    Raises:
+      ValueError: one is.
+    """
+    paths = [os.path.realpath(workdir) for workdir in workdirs]
+    for workdir, path in zip(workdirs, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"{workdir} is named twice; its episodes would count twice")
 
 
 def value(config: dict[str, Any], key: str) -> Any:

@@ -198,7 +198,7 @@ def _quality(params: Params, bank, held_out, settings) -> dict:
 def read_quality(workdir: str) -> dict:
     """What `write_quality` has written, {} where it has not."""
     path = os.path.join(workdir, "reward", "quality.json")
-    return json_files.read(path, "delete it; the same command writes it again") if os.path.exists(path) else {}
+    return json_files.read(path, "delete it; the same command writes it again", dict) if os.path.exists(path) else {}
 
 
 def write_quality(workdir: str, quality: dict) -> None:

@@ -112,10 +112,18 @@ def test_an_ablation_on_some_tasks_is_compared_on_those(make_run):
     assert "configs differ in ppo.bc_weight (0.5, 0.025)." in text
     with pytest.raises(ValueError, match="--tasks=close_drawer: .* has not both sides of it, but of open_drawer"):
         print_table.build("differences", [both], against=[some], tasks=[CLOSE])
-    with pytest.raises(ValueError, match="--tasks goes with --against, whose tasks it narrows down"):
-        print_table.build("differences", [both], tasks=[OPEN])
     with pytest.raises(ValueError, match="--tasks: one of 'open_drawer', '' is empty; name each, with single commas"):
         print_table.build("differences", [both], against=[some], tasks=[OPEN, ""])
+
+
+def test_a_run_with_half_of_its_tasks_fine_tuned_is_compared_on_those(make_run):
+    half = make_run("a", {"bc": {OPEN: of(3), CLOSE: of(9)}, "ppo": {OPEN: of(8)}})
+    with pytest.raises(ValueError, match=r"close_drawer on one side alone; .*\(print_table --tasks\)"):
+        print_table.build("differences", [half])
+    text, values = print_table.build("differences", [half], tasks=[OPEN])
+    assert values["columns"][0]["mean"]["mean"] == pytest.approx(50) and "close drawer" not in lines(text)
+    with pytest.raises(ValueError, match="--tasks belongs to --table=differences, not to ppo"):
+        print_table.build("ppo", [half], tasks=[OPEN])
 
 
 def test_the_runs_named_minus_those_of_against(make_run):

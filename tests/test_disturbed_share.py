@@ -51,7 +51,17 @@ def test_the_config_says_of_named_play_what_its_plan_says(tmp_path):
     helpers.write_dataset(tmp_path, "playtable_play", {"train": [episode]})
     named = {"play": str(tmp_path)}
     check(make_config(**named))
-    (tmp_path / shards.PLAN_FILE).write_text('{"disturbed_share": 0.0}')
+    plan = tmp_path / shards.PLAN_FILE
+    plan.write_text('{"kind": "play", "disturbed_share": 0.0}')
     with pytest.raises(ValueError, match="is there, with 0.0; take --config.dataset.disturbed_share=0.0"):
         check(make_config(**named))
     check(make_config(0.0, **named))
+    plan.write_text('{"kind": "play"}')  # older than the option
+    check(make_config(**named))
+    with pytest.raises(ValueError, match="is there, with 0.6; take --config.dataset.disturbed_share=0.6"):
+        check(make_config(0.1, **named))
+    plan.write_text('{"image_size": 64, "frames_per_shard": 4096}')  # converted: nothing was disturbed on purpose
+    check(make_config(0.1, **named))
+    plan.write_text('{"kind": "play", "disturbed_share": "x"}')
+    with pytest.raises(ValueError, match=f"{shards.PLAN_FILE} has disturbed_share='x', expected a share from 0 to 1"):
+        check(make_config(**named))

@@ -23,19 +23,23 @@ MISTAKES = {
     "diagnose": ([QUICKSTART], "holds no run (it has no config.json)"),
     "evaluate_prediction": ([QUICKSTART], "holds no run (it has no config.json)"),
     "evaluate": ([QUICKSTART, "--policy=bc"], "holds no run (it has no config.json)"),
+    "evaluate an expert": (  # which needs no run
+        [QUICKSTART, "--policy=expert", "--config.evaluation.num_episodes=0"],
+        "config.evaluation.num_episodes=0",
+    ),
 }
 
 
-# Each mistake in a process of its own, which begins after the imports that they share; the binary is the mistake's name
-# where there is one of that name.
+# Each mistake in a process of its own, which begins after the imports that they share; the binary is the first word of
+# the mistake's name where there is one of that name.
 RUN_EACH = """
 import json, os, runpy, sys
 from experiments import collect_playtable, train_policy, train_reward, train_world_model
 
 for name, arguments in json.loads(sys.argv[1]).items():
     if os.fork() == 0:
-        mistake = os.path.basename(name)
-        binary = mistake if os.path.exists(f"experiments/{mistake}.py") else "collect_playtable"
+        first = os.path.basename(name).split()[0]
+        binary = first if os.path.exists(f"experiments/{first}.py") else "collect_playtable"
         sys.argv = [binary, *arguments]
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
         sys.modules.pop(f"experiments.{binary}", None)

@@ -114,6 +114,9 @@ def test_verdicts_that_say_nothing_are_left_out_and_named(make_run, tmp_path):
     changes = plot_transfer.load([run])
     assert "all policies, corrected" not in rows_of(plot_transfer.markdown(changes))
     plot_transfer.draw(changes, f"{tmp_path}/transfer.png")
+    write_trust(run, {OPEN: {split: (5, 5, 0, 0) for split in SPLITS}})  # asked for, and of no use anywhere
+    text = plot_transfer.markdown(plot_transfer.load([run]))
+    assert text.endswith(f"has no successes and failures of play of these: {run}: {OPEN}, {CLOSE}.\n")
     assert calibration.corrected(0.05, 0.4, 0.1) == 0  # no less than nothing
     assert math.isnan(calibration.corrected(0.5, float("nan"), 0.1))
 
@@ -139,7 +142,7 @@ def test_damaged_verdicts_are_named(make_run, key, value, message):
     with pytest.raises(ValueError, match=message):
         plot_transfer.load([run])
     json_files.write(path, [record])
-    with pytest.raises(ValueError, match="trust.json has no units of tasks; delete it"):
+    with pytest.raises(ValueError, match="trust.json is damaged .it holds a list, not a dict.; delete it"):
         plot_transfer.load([run])
 
 

@@ -127,6 +127,8 @@ def test_another_file_is_named(tmp_path, content):
         ("imagined_success", 5.0),
         ("success", 0.123),
         ("task", ["a"]),
+        ("task", "open_drawr"),
+        ("episodes", True),
         ("stage", "foo"),
     ],
 )
@@ -139,6 +141,13 @@ def test_a_row_that_cannot_be_is_named(tmp_path, field, value):
         ValueError, match=rf"table.json, entry 0: {field}=.*{re.escape(repr(value))} cannot be; remove it"
     ):
         tables.load(path)
+
+
+def test_whole_numbers_may_be_written_without_a_point(tmp_path):
+    path = str(tmp_path / "table.json")
+    whole = {"successes": 10, "success": 1, "imagined_success": 0, "high": 1}
+    json_files.write(path, [{**dataclasses.asdict(make_row()), **whole}])
+    assert (tables.load(path)[0].success, tables.load(path)[0].imagined_success) == (1, 0)
 
 
 def test_a_table_that_is_no_list_is_named(tmp_path):

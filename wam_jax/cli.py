@@ -50,6 +50,8 @@ def check_output(path: str, *endings: str) -> None:
         folder = os.path.dirname(folder)
     if folder and not os.path.isdir(folder):
         raise ValueError(f"--output={path}: {folder} is a file; name another folder")
+    if not os.access(folder or ".", os.W_OK):
+        raise ValueError(f"--output={path}: nothing can be written in {folder or 'this folder'}; name another folder")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -73,7 +73,11 @@ def start_dataset(directory: str | Path, plan: Mapping, may_hold_more: Sequence[
 
 
 def read_plan(directory: str | Path) -> dict:
-    """What a dataset's shards were made from, as `start_dataset` noted it; empty where nothing was noted."""
+    """What a dataset's shards were made from, as `start_dataset` noted it; empty where nothing was noted.
+
+    Raises:
+      ValueError: the note is damaged.
+    """
     path = Path(directory) / PLAN_FILE
     return json_files.read(path, f"delete {directory} and write the dataset again", dict) if path.exists() else {}
 

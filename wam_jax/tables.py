@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -112,8 +112,11 @@ def _wrong(one: Row | Episode) -> str:
     """The name of a field whose value cannot be; empty where all can."""
     for field in dataclasses.fields(one):
         value, kind = getattr(one, field.name), cast(Any, field.type)
-        if not isinstance(value, float | int if kind is float else kind):
+        kind = kind | int if float in (kind, *get_args(kind)) else kind  # JSON has 1.0 as 1, too
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             return field.name
+    if one.task not in TASKS:
+        return "task"
     if isinstance(one, Row):
         rate = one.imagined_success
         possible = {

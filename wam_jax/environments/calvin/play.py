@@ -91,7 +91,7 @@ def record_play(pool: Pool, num_steps: int, seed: tuple[int, ...], *, disturbed_
       pool: of scene D, with pictures; its first slot is used.
       num_steps: T.
       seed: the same one gives the same episode.
-      disturbed_share: of the attempts; most of the disturbed ones fail.
+      disturbed_share: of the attempts, 0 to 1; most of the disturbed ones fail.
     """
     rng = np.random.default_rng((*seed, 1))
     tape = _Tape(pool, str(rng.choice(starts.TASKS)), (*seed, 0))

@@ -70,7 +70,7 @@ def collect_play(
     Args:
       rng: one key; the same key gives the same data.
       num_episodes, num_steps: size of the data.
-      disturbed_share: of the attempts; most of the disturbed ones fail.
+      disturbed_share: of the attempts, 0 to 1; most of the disturbed ones fail.
       chunk: episodes that are recorded at once on the accelerator; a step of one needs 25 kB there.
 
     Returns:

@@ -250,10 +250,15 @@ def _check_pictures(data: ConfigDict) -> None:
             )
 
 
-def _check_disturbed(config: ConfigDict) -> None:
-    """Checks that the config says of named play what its plan says, where that was collected."""
+def _check_play(config: ConfigDict) -> None:
+    """Checks that named play is play, and that the config says of it what its plan says, where it was collected."""
     data, default = config.dataset, config_values.defaults(config.method)["dataset.disturbed_share"]
     plan = shards.read_plan(data.play) if data.play else {}
+    if plan.get("kind") == "demonstrations":
+        raise ValueError(
+            f"config.dataset.play={data.play} holds demonstrations, not play; name a dataset of play, and these as "
+            "config.dataset.demonstrations"
+        )
     if plan.get("kind") != "play":
         return  # nothing is known without a plan, and converted play has no such share
     found = plan.get("disturbed_share", default)
@@ -297,7 +302,7 @@ def _check_data(config: ConfigDict) -> None:
     if config.environment == "calvin":
         _check_pictures(data)
     _check_windows(config)
-    _check_disturbed(config)
+    _check_play(config)
     if data.demonstrations:
         found = set(datasets.episode_tasks(data.demonstrations))
         missing = [task for task in config.tasks if specs.task_index(task) not in found]

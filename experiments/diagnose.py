@@ -97,9 +97,12 @@ def _open(config, workdir: str, options: Options, part: str) -> dict[str, Any]:
     if not os.path.exists(path):
         return {"settings": now, "units": {}}
     mend = "delete it; the same command measures again"
-    record = json_files.read(path, mend)
-    if not isinstance(record, dict) or not {"settings", "units"} <= record.keys():
+    record = json_files.read(path, mend, dict)
+    if not all(isinstance(record.get(key), dict) for key in ("settings", "units")):
         raise ValueError(f"{path} holds no figures of a diagnosis; {mend}")
+    for unit, figures in record["units"].items():
+        if not figures or not isinstance(figures, dict | list):
+            raise ValueError(f"{path}: {unit} is {figures!r}, expected figures; {mend}")
     for key, value in now.items():
         if record["settings"].get(key) != value:
             raise ValueError(

@@ -19,6 +19,10 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. expe
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, checkpoints, metrics, tables")
 
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
+_FOLDERS = (
+    *("data", "world_model", "prior_ensemble", "policy", "reward", "ppo"),
+    *("evaluation", "diagnose", "tensorboard", "videos"),
+)
 _LOCKS: list = []  # open lock files, for as long as the process lives
 
 
@@ -78,7 +82,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         loading = any("config file" in line or "Traceback" in line for line in lines)  # the cause stands last
-        sys.exit(f"error: {lines[-1] if loading else '; '.join(lines)}")
+        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ') if loading else '; '.join(lines)}")
     except Exception as error:  # whatever a file of Python raises while it is loaded, or an override of what it lacks
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         overrides = [argument.partition("=")[0] for argument in argv if argument.startswith("--config.")]
@@ -114,6 +118,7 @@ def prepare(config: ConfigDict, workdir: str, *, reads: bool = False) -> FrozenC
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     parallel.any_process(False)  # processes connect while they are together: on a CPU one waits 30 s for the others
     if parallel.is_first_process():
+        _check_folders(workdir)
         _check_workdir(config, workdir, reads)
     return FrozenConfigDict(config)
 
@@ -124,6 +129,12 @@ def before_devices() -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Virtual CPU devices can deadlock in a rendezvous when the host runs ahead of them.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _check_folders(workdir: str) -> None:
+    for path in (os.path.join(workdir, name) for name in _FOLDERS):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise ValueError(f"{path} should be a folder of the run, and is a file; move it away")
 
 
 def _check_workdir(config: ConfigDict, workdir: str, reads: bool) -> None:

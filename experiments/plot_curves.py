@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from absl import flags
 
+from experiments import runs
 from wam_jax import cli, metrics, specs
 
 _WORKDIRS = flags.DEFINE_list("workdir", None, "Folders of runs, comma separated; each is a line", required=True)
@@ -23,6 +24,9 @@ def main(argv) -> None:
     """Writes one picture with a panel for each curve."""
     del argv
     workdirs = _WORKDIRS.value
+    if not workdirs or "" in workdirs:
+        raise ValueError(f"--workdir={','.join(workdirs)}: name each run, with single commas")
+    runs.check_distinct(workdirs)
     path = _OUTPUT.value or os.path.join(workdirs[0], "curves.png")
     cli.check_output(path, ".png")
     for workdir in workdirs:

@@ -79,6 +79,7 @@ def main(workdirs: Sequence[str]) -> None:
     draw(changes, path)
     json_files.write_text(text_path, text)
     print(text)
+    print(f"written to {path} and {text_path}")
 
 
 def load(workdirs: Sequence[str]) -> list[Change]:

@@ -87,7 +87,9 @@ def build(
             raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
-    runs.check_distinct(workdirs)
+    runs.check_distinct([*workdirs, *against])
+    if twice := [task for task in tasks if list(tasks).count(task) > 1]:
+        raise ValueError(f"--tasks has {twice[0]} twice; name each once")
     for name, wanted, there in (
         ("pool_seeds", ("success",), pool_seeds),
         ("apart", ("bc", "ppo", "differences"), apart),

@@ -94,13 +94,12 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
     """Adds wall seconds to a stage's sum in stages.json, over all runs that worked on it."""
     path = os.path.join(workdir, "stages.json")
     try:
-        notes = json_files.read(path, "")
+        before = json_files.read(path, "", dict).get("seconds")
     except (OSError, ValueError):  # none yet, or damaged: they are only notes
-        notes = {}
-    notes["machine"] = metrics.machine()
-    notes.setdefault("seconds", {})
-    notes["seconds"][stage] = round(notes["seconds"].get(stage, 0.0) + seconds, 1)
-    json_files.write(path, notes)
+        before = None
+    sums = before if isinstance(before, dict) else {}
+    spent = sums.get(stage) if isinstance(sums.get(stage), float | int) else 0.0
+    json_files.write(path, {"machine": metrics.machine(), "seconds": {**sums, stage: round(spent + seconds, 1)}})
     logging.info("%s took %.1f s", stage, seconds)
 
 

@@ -19,6 +19,7 @@ _NEEDED = (
     *("evaluation.seed", "evaluation.max_steps"),
 )
 _TEXTS = ("environment", "method", "dataset.demonstrations")  # of them; the others are whole numbers
+_AT_LEAST_ONE = ("ppo.num_iterations", "ppo.num_rollouts", "policy.chunk", "evaluation.max_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,12 @@ def load(workdir: str) -> Run:
     missing = [key for key in _NEEDED if key not in known]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; take the run's own config.json")
-    for key in (key for key in _NEEDED if key not in _TEXTS and type(known[key]) is not int):
-        raise ValueError(f"{path} has {key}={known[key]!r}, expected a whole number; take the run's own config.json")
+    for key in (*_NEEDED, *({"ppo.max_steps"} & known.keys())):
+        least = 1 if key in _AT_LEAST_ONE else 0
+        if key not in _TEXTS and (type(known[key]) is not int or known[key] < least):
+            raise ValueError(
+                f"{path} has {key}={known[key]!r}, expected a whole number from {least}; take the run's own config.json"
+            )
     for row in rows:
         mine = (config["environment"], row.method if row.method == "-" else config["method"], config["seed"])
         if (row.environment, row.method, row.seed) != mine:
@@ -90,7 +95,7 @@ def check_distinct(workdirs: Sequence[str]) -> None:
     paths = [os.path.realpath(workdir) for workdir in workdirs]
     for workdir, path in zip(workdirs, paths, strict=True):
         if paths.count(path) > 1:
-            raise ValueError(f"{workdir} is named twice; its episodes would count twice")
+            raise ValueError(f"{workdir} is named twice; it would count twice")
 
 
 def value(config: dict[str, Any], key: str) -> Any:

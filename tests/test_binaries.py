@@ -261,6 +261,8 @@ def test_plot_curves_shows_where_ppos_rollouts_succeeded(name):
 def test_plot_curves_names_a_run_without_a_world_model(tmp_path):
     done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path}", f"--output={tmp_path}")
     assert done.stderr.startswith(f"error: --output={tmp_path} ends in none of .png")
+    done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path},")
+    assert done.stderr == f"error: --workdir={tmp_path},: name each run, with single commas\n"
     done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path}")
     assert done.returncode != 0
     assert done.stderr == f"error: {tmp_path}/metrics.jsonl has no rows of the world model; train it first\n"

@@ -301,7 +301,7 @@ def test_figures_of_other_code_or_another_world_model_are_refused(
 ):
     config, params = FrozenConfigDict(CONFIG), {"kernel": np.zeros(3, np.float32)}
     monkeypatch.setattr(train_world_model, "load", lambda *arguments: (None, params))
-    monkeypatch.setattr(diagnoses, "PARTS", {part: lambda *arguments: {"a": dict}})
+    monkeypatch.setattr(diagnoses, "PARTS", {part: lambda *arguments: {"a": lambda: {"n": 1}}})
     monkeypatch.setattr(diagnosis_report, "draw", lambda *arguments: None)
     monkeypatch.setattr(diagnosis_report, "write_summary", lambda *arguments: "told")
     for _ in range(2):  # the same code goes on

@@ -126,6 +126,15 @@ def test_a_run_with_half_of_its_tasks_fine_tuned_is_compared_on_those(make_run):
         print_table.build("ppo", [half], tasks=[OPEN])
 
 
+def test_nothing_is_subtracted_from_itself(make_run):
+    run = make_run("a", {"bc": {OPEN: of(3)}})
+    with pytest.raises(ValueError, match="a is named twice"):
+        print_table.build("differences", [run], against=[run])
+    other = make_run("b", {"bc": {OPEN: of(3)}})
+    with pytest.raises(ValueError, match="--tasks has open_drawer twice"):
+        print_table.build("differences", [run], against=[other], tasks=[OPEN, OPEN])
+
+
 def test_the_runs_named_minus_those_of_against(make_run):
     base = make_run("base", {"bc": {OPEN: of(2)}, "ppo": {OPEN: of(4)}}, **{"world_model.open_loop_weight": 0.5})
     ours = make_run("ours", {"bc": {OPEN: of(5)}, "ppo": {OPEN: of(3)}}, **{"world_model.open_loop_weight": 2.0})

@@ -62,6 +62,9 @@ def test_the_config_says_of_named_play_what_its_plan_says(tmp_path):
         check(make_config(0.1, **named))
     plan.write_text('{"image_size": 64, "frames_per_shard": 4096}')  # converted: nothing was disturbed on purpose
     check(make_config(0.1, **named))
+    plan.write_text('{"kind": "demonstrations"}')
+    with pytest.raises(ValueError, match=f"config.dataset.play={tmp_path} holds demonstrations, not play"):
+        check(make_config(**named))
     plan.write_text('{"kind": "play", "disturbed_share": "x"}')
     with pytest.raises(ValueError, match=f"{shards.PLAN_FILE} has disturbed_share='x', expected a share from 0 to 1"):
         check(make_config(**named))

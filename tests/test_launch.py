@@ -186,6 +186,13 @@ def test_a_workdir_without_work_takes_another_config(tmp_path):
         launch.prepare(change("environment", "calvin"), str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["data", "world_model", "evaluation", "diagnose"])
+def test_a_file_in_place_of_a_folder_of_the_run_is_named(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} should be a folder of the run, and is a file"):
+        launch.prepare(helpers.make_config(), str(tmp_path))
+
+
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_lives(tmp_path):
     code = "import sys; from experiments import launch; launch._lock(sys.argv[1]); print('held', flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -311,6 +318,14 @@ def test_recorded_data_is_not_collected_and_a_simulator_without_assets_refused(t
     with pytest.raises(ValueError, match="no folder of CALVIN's assets given: --calvin_assets=DIR"):
         reproduce.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"seconds": 3}', '{"seconds": {"policy": "x"}}', "{"])
+def test_damaged_notes_of_seconds_stop_nothing(tmp_path, text):
+    (tmp_path / "stages.json").write_text(text)
+    for _ in range(2):
+        reproduce.note_seconds(str(tmp_path), "policy", 1.5)
+    assert json.loads((tmp_path / "stages.json").read_text())["seconds"] == {"policy": 3.0}
 
 
 @pytest.mark.parametrize(("until", "number"), [("reward", 4), ("evaluate_bc", 5), ("video", 8)])

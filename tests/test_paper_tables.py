@@ -213,7 +213,11 @@ def test_what_a_table_lacks_is_named(make_run, tmp_path):
         print_table.build("bc", [run])
     config = json.loads((tmp_path / "b/config.json").read_text())
     (tmp_path / "a/config.json").write_text(json.dumps({**config, "seed": 0, "policy": {"chunk": "x"}}))
-    with pytest.raises(ValueError, match="a/config.json has policy.chunk='x', expected a whole number"):
+    with pytest.raises(ValueError, match="a/config.json has policy.chunk='x', expected a whole number from 1"):
+        print_table.build("bc", [run])
+    config["ppo"]["max_steps"] = -3
+    (tmp_path / "a/config.json").write_text(json.dumps({**config, "seed": 0}))
+    with pytest.raises(ValueError, match="a/config.json has ppo.max_steps=-3, expected a whole number from 0"):
         print_table.build("bc", [run])
     (tmp_path / "a/config.json").write_text('{"method": ["wam"]}')
     with pytest.raises(ValueError, match="a/config.json is no config of a run"):

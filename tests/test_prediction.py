@@ -197,6 +197,24 @@ def test_runs_stand_beside_the_paper(measure):
     assert "| a, playtable: wam | b, playtable: wam |" in twice and "window by window" not in twice
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"metrics": 3}, "metrics is 3, expected figures by name"),
+        ({"metrics": {"psnr": {"static": 1.0}}}, "psnr has no figure of each of static, gripper, both"),
+        ({"metrics": {"psnr": dict.fromkeys(("static", "gripper", "both"), "x")}}, "psnr has no figure of each of"),
+        ({"per_window": []}, "per_window is .., expected figures by name"),
+    ],
+)
+def test_damaged_predictions_are_named(measure, tmp_path, damage, message):
+    path = tmp_path / "run/prediction.json"
+    results = measure()
+    assert prediction_tables.load(str(path)) == results
+    path.write_text(json.dumps({**results, **damage}))
+    with pytest.raises(ValueError, match=f"prediction.json: {message}.*; remove it and run experiments.evaluate_pred"):
+        prediction_tables.load(str(path))
+
+
 def test_print_table_names_missing_predictions(tmp_path):
     done = helpers.run_python("-m", "experiments.print_table", "--table=prediction", str(tmp_path))
     assert done.returncode != 0

@@ -322,6 +322,7 @@ def test_missing_data_leave_no_file_behind(tmp_path):
 def test_a_half_written_row_costs_no_other_row(tmp_path):
     fit(tmp_path, 4)
     with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "toy", "step": "x"}\n')  # damaged
         file.write('{"stage": "toy", "st')  # killed here
     fit(tmp_path, 8)
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8]

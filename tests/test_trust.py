@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from experiments import finetune_policy, train_policy, train_reward, train_world_model
-from wam_jax import latents, trust
+from experiments import diagnose, diagnoses, finetune_policy, train_policy, train_reward, train_world_model
+from wam_jax import json_files, latents, trust
 
 CONFIG = FrozenConfigDict(helpers.make_config())
 CONSECUTIVE = 2
@@ -123,3 +123,21 @@ def test_a_task_that_is_not_trusted_keeps_its_cloned_policy(tmp_path):
         helpers.assert_equal((loaded.base, loaded.finetuned), (base, base))
         assert finetune_policy.read_trust(str(tmp_path)) == {"turn_on_led": {"trusted": False, "trust": 0.2}}
         finetune_policy.run(config, str(tmp_path))  # there is nothing left to do
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "is damaged .it holds a list, not a dict"),
+        ({"settings": {}, "units": 3}, "holds no figures of a diagnosis"),
+        ({"settings": 3, "units": {}}, "holds no figures of a diagnosis"),
+        ({"settings": {}, "units": {"open_drawer": 4}}, "open_drawer is 4, expected figures"),
+        ({"settings": {}, "units": {"open_drawer": {}}}, "open_drawer is {}, expected figures"),
+    ],
+)
+def test_damaged_figures_are_named(monkeypatch, tmp_path, record, message):
+    monkeypatch.setattr(diagnoses, "PARTS", {"trust": lambda *arguments: {"open_drawer": lambda: {"train": 1}}})
+    monkeypatch.setattr(diagnoses, "settings", lambda *arguments: {})
+    json_files.write(tmp_path / "diagnose/trust.json", record)
+    with pytest.raises(ValueError, match=f"trust.json:? {message}.*; delete it; the same command measures again"):
+        diagnose.run(CONFIG, str(tmp_path), diagnoses.Options(("open_drawer",)))

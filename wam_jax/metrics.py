@@ -88,13 +88,13 @@ def _rows(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # the last line of a killed run
                 continue
-            if isinstance(row, dict) and {"stage", "step"} <= set(row):
+            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
 

@@ -39,11 +39,23 @@ def load(path: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise ValueError(f"no predictions {path}; run experiments.evaluate_prediction with its --workdir first")
     mend = "remove it and run experiments.evaluate_prediction again"
-    results = json_files.read(path, mend)
-    missing = [key for key in _NEEDED if key not in results] if isinstance(results, dict) else _NEEDED
+    results = json_files.read(path, mend, dict)
+    missing = [key for key in _NEEDED if key not in results]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; {mend}")
+    for key in ("metrics", "per_window"):
+        if not isinstance(results[key], dict):
+            raise ValueError(f"{path}: {key} is {results[key]!r}, expected figures by name; {mend}")
+    for metric, cameras in results["metrics"].items():
+        if not isinstance(cameras, dict) or not all(_is_figure(cameras.get(camera)) for camera in CAMERAS):
+            raise ValueError(f"{path}: {metric} has no figure of each of {', '.join(CAMERAS)}; {mend}")
     return results
+
+
+def _is_figure(found: Any) -> bool:
+    """Whether a camera's entry is one number, or a mean with its spread."""
+    values = [found.get(key) for key in ("mean", "std", "low", "high")] if isinstance(found, dict) else [found]
+    return all(isinstance(value, float | int) for value in values)
 
 
 def markdown(runs: Mapping[str, dict[str, Any]]) -> str:

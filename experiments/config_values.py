@@ -31,9 +31,7 @@ def read(path: str, mend: str) -> dict[str, Any]:
     """
     found = json_files.read(path, mend, dict)
     if not any(found.get("method") == method for method in base.METHODS):
-        raise ValueError(
-            f"{path} is no config of a run (its method is {found.get('method')!r}); name the folder of a run"
-        )
+        raise ValueError(f"{path} is no config of a run (its method is {found.get('method')!r}); {mend}")
     return found
 
 

@@ -101,7 +101,7 @@ def _open(config, workdir: str, options: Options, part: str) -> dict[str, Any]:
     if not all(isinstance(record.get(key), dict) for key in ("settings", "units")):
         raise ValueError(f"{path} holds no figures of a diagnosis; {mend}")
     for unit, figures in record["units"].items():
-        if not figures or not isinstance(figures, dict | list):
+        if not figures or not isinstance(figures, dict):
             raise ValueError(f"{path}: {unit} is {figures!r}, expected figures; {mend}")
     for key, value in now.items():
         if record["settings"].get(key) != value:

@@ -21,7 +21,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: datasets, che
 _OWN_FILES = ("config.json", ".lock", "stages.json")  # a workdir with nothing else holds no work
 _FOLDERS = (
     *("data", "world_model", "prior_ensemble", "policy", "reward", "ppo"),
-    *("evaluation", "diagnose", "tensorboard", "videos"),
+    *("evaluation", "diagnose", "tensorboard", "videos", "chains"),
 )
 _LOCKS: list = []  # open lock files, for as long as the process lives
 
@@ -132,6 +132,7 @@ def before_devices() -> None:
 
 
 def _check_folders(workdir: str) -> None:
+    """Checks that no file is in place of a folder that a run writes to."""
     for path in (os.path.join(workdir, name) for name in _FOLDERS):
         if os.path.exists(path) and not os.path.isdir(path):
             raise ValueError(f"{path} should be a folder of the run, and is a file; move it away")

@@ -87,7 +87,6 @@ def build(
             raise ValueError(f"{option}: one of {', '.join(map(repr, named))} is empty; name each, with single commas")
     if not workdirs:
         raise ValueError("name at least one workdir, e.g. python -m experiments.print_table runs/quickstart")
-    runs.check_distinct([*workdirs, *against])
     if twice := [task for task in tasks if list(tasks).count(task) > 1]:
         raise ValueError(f"--tasks has {twice[0]} twice; name each once")
     for name, wanted, there in (
@@ -98,6 +97,7 @@ def build(
     ):
         if there and table not in wanted:
             raise ValueError(f"--{name} belongs to --table={tables.join(wanted)}, not to {table}; leave it out")
+    runs.check_distinct([*workdirs, *against])
     if table == "prediction":
         found = {name: prediction_tables.load(os.path.join(name, prediction_tables.FILE)) for name in workdirs}
         return prediction_tables.markdown(found), {name: results["metrics"] for name, results in found.items()}

@@ -98,7 +98,8 @@ def note_seconds(workdir: str, stage: str, seconds: float) -> None:
     except (OSError, ValueError):  # none yet, or damaged: they are only notes
         before = None
     sums = before if isinstance(before, dict) else {}
-    spent = sums.get(stage) if isinstance(sums.get(stage), float | int) else 0.0
+    spent = sums.get(stage, 0.0)
+    spent = spent if isinstance(spent, float | int) else 0.0
     json_files.write(path, {"machine": metrics.machine(), "seconds": {**sums, stage: round(spent + seconds, 1)}})
     logging.info("%s took %.1f s", stage, seconds)
 

@@ -95,7 +95,7 @@ def check_distinct(workdirs: Sequence[str]) -> None:
     paths = [os.path.realpath(workdir) for workdir in workdirs]
     for workdir, path in zip(workdirs, paths, strict=True):
         if paths.count(path) > 1:
-            raise ValueError(f"{workdir} is named twice; it would count twice")
+            raise ValueError(f"{workdir} is named twice; name it once")
 
 
 def value(config: dict[str, Any], key: str) -> Any:
@@ -122,7 +122,7 @@ def gather(runs: Sequence[Run], apart: Sequence[str] = ()) -> list[Group]:
     """
     gathered: dict[tuple, list[Run]] = {}
     for run in runs:
-        values = tuple(value(run.config, key) for key in apart)
+        values = tuple(tuple(x) if isinstance(x, list) else x for x in (value(run.config, key) for key in apart))
         gathered.setdefault((run.config["environment"], run.config["method"], *values), []).append(run)
     varying = [i for i in range(len(apart)) if len({key[2 + i] for key in gathered}) > 1]
     groups = []
@@ -195,16 +195,15 @@ def stage_rows(group: Group, stage: str) -> tuple[tables.Row, ...]:
     """A stage's rows of all seeds.
 
     Raises:
-      ValueError: a run lacks a task that another one has, or has it twice.
+      ValueError: a run lacks a task that another one has.
     """
     found = {run.name: [row for row in run.rows if row.stage == stage] for run in group.runs}
     tasks = sorted({row.task for rows in found.values() for row in rows})
     for name, rows in found.items():
-        counts = collections.Counter(row.task for row in rows)
-        wrong = [task for task in tasks if counts[task] != 1]
-        if wrong:
+        missing = [task for task in tasks if task not in {row.task for row in rows}]
+        if missing:
             raise ValueError(
-                f"{name}/table.json has {counts[wrong[0]]} rows of {wrong[0]} at stage {stage}, expected one; run "
+                f"{name}/table.json has no row of {missing[0]} at stage {stage}; run "
                 f"experiments.evaluate --policy={stage} with this --workdir"
             )
     return tuple(row for rows in found.values() for row in rows)

@@ -258,7 +258,7 @@ def test_plot_curves_shows_where_ppos_rollouts_succeeded(name):
     assert helpers.run_python("-c", probe).stdout.strip() == name
 
 
-def test_plot_curves_names_a_run_without_a_world_model(tmp_path):
+def test_plot_curves_names_mistakes(tmp_path):
     done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path}", f"--output={tmp_path}")
     assert done.stderr.startswith(f"error: --output={tmp_path} ends in none of .png")
     done = helpers.run_python("-m", "experiments.plot_curves", f"--workdir={tmp_path},")

@@ -160,6 +160,7 @@ def test_images_of_another_size_are_averaged_down(tmp_path):
     ("changes", "message"),
     [
         ({"directory": "nowhere"}, "directory nowhere does not exist; check the path"),
+        ({"directory": "README.md"}, "directory README.md is a file; name the folder of a dataset"),
         ({"split": "test"}, "has no split 'test'; it has train, validation"),
         ({"length": 21}, "window length 21 is longer than every episode; the longest has 20 steps"),
         ({"batch_size": 5, "process_count": 2}, "batch_size=5 is not divisible by 2"),

@@ -239,9 +239,10 @@ def open_builder(directory: str | Path, split: str | None = None) -> tfds.core.D
     """
     directory = Path(directory)
     if not directory.is_dir():
-        wrong = "is a file" if directory.exists() else "does not exist"
+        if directory.exists():
+            raise ValueError(f"dataset directory {directory} is a file; name the folder of a dataset")
         raise ValueError(
-            f"dataset directory {directory} {wrong}; check the path, or collect data there (experiments."
+            f"dataset directory {directory} does not exist; check the path, or collect data there (experiments."
             "collect_playtable, experiments.collect_calvin) or convert them (data.calvin.convert)"
         )
     if not (directory / shards.INFO_FILE).exists():

@@ -11,7 +11,7 @@ from experiments import print_table
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
 BEST = ("wam_1", "wam_2", "wam_3")
 LEVERS = ("limit_2", "mixture_2", "bc_weight_2", "undisturbed_2", "horizon_2")  # four tasks, one value changed
-ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2", "dreamer_v2_3")
+ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_1", "dreamer_v2_2", "dreamer_v2_3")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_2", "dreamer_v2_3")
         (
             "playtable_ensemble/methods",
             "differences",
-            tuple(f"../{run}" for run in (*ENSEMBLE_RUNS[3:], *ENSEMBLE_RUNS[1:3])),
+            tuple(f"../{run}" for run in (*ENSEMBLE_RUNS[3:], *ENSEMBLE_RUNS[:3])),
         ),
         *(
             (name, table, ("dreamer_v2_1", "wam_1"))
@@ -67,7 +67,11 @@ def test_the_published_tables_are_those_of_the_command(name, table, runs):
     ("file", "runs", "against"),
     [
         ("playtable_transfer/bootstrapped_2/against.md", ("playtable_transfer/wam_2",), ("bootstrapped_2",)),
-        *((f"playtable_ensemble/{x}/against.md", (f"playtable_ensemble/{x}",), (x,)) for x in ENSEMBLE_RUNS[1:]),
+        *(
+            (f"playtable_ensemble/{x}/against.md", (f"playtable_ensemble/{x}",), (x,))
+            for x in ENSEMBLE_RUNS
+            if not x.endswith("_1")  # that seed's world models are others there
+        ),
         *(
             (f"calvin_ensemble/{x}/against.md", (f"calvin_ensemble/{x}",), (f"calvin_transfer/{x}",))
             for x in ("dreamer_v2_1", "wam_1")

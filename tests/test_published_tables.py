@@ -10,7 +10,8 @@ from experiments import print_table
 
 THREE_SEEDS = tuple(f"../{method}_{seed}" for method in ("dreamer_v2", "wam") for seed in (1, 2, 3))
 BEST = ("wam_1", "wam_2", "wam_3")
-LEVERS = ("limit_2", "mixture_2", "bc_weight_2", "undisturbed_2", "horizon_2", "longer_2")  # four tasks, one value changed
+# Of playtable_ensemble: four tasks, one thing changed.
+LEVERS = ("limit_2", "mixture_2", "bc_weight_2", "undisturbed_2", "horizon_2", "longer_2", "vision_2")
 ENSEMBLE_RUNS = ("wam_1", "wam_2", "wam_3", "dreamer_v2_1", "dreamer_v2_2", "dreamer_v2_3")
 
 

@@ -167,7 +167,7 @@ def write_trust(run, counts):
         ("playtable_best", WAM, "transfer.md"),
         ("calvin_ensemble", ["dreamer_v2_1", "wam_1"], "transfer.md"),
         ("playtable_best/bc_weight", WAM, "transfer.md"),
-        ("playtable_ensemble", ["dreamer_v2_2", "dreamer_v2_3", *WAM], "transfer.md"),
+        ("playtable_ensemble", ["dreamer_v2_1", "dreamer_v2_2", "dreamer_v2_3", *WAM], "transfer.md"),
     ],
 )
 def test_the_published_numbers_are_those_of_the_command(folder, names, text):

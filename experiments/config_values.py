@@ -30,8 +30,9 @@ def read(path: str, mend: str) -> dict[str, Any]:
       ValueError: it is damaged, or no config.
     """
     found = json_files.read(path, mend, dict)
-    if not any(found.get("method") == method for method in base.METHODS):
-        raise ValueError(f"{path} is no config of a run (its method is {found.get('method')!r}); {mend}")
+    method = found.get("method")
+    if not isinstance(method, str) or method not in base.METHODS:
+        raise ValueError(f"{path} is no config of a run (its method is {method!r}); {mend}")
     return found
 
 

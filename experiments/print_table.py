@@ -166,7 +166,7 @@ def _column(group: runs.Group, stage: str) -> success_tables.Column:
 
 
 def _compare_within(groups: Sequence[runs.Group], tasks: Sequence[str]) -> dict[str, Any]:
-    """Ppo minus bc of every group, and wam minus dreamer_v2 of every stage that both have, as `_compare_with` does."""
+    """Ppo - bc of every group, wam - dreamer_v2 of every stage that both have; on all tasks or those named."""
     columns = [_pair(f"{g.title}, ppo - bc", (g, "ppo"), (g, "bc")) for g in groups if runs.stages(g) == ["bc", "ppo"]]
     notes = []
     methods = {(g.config["environment"], g.apart, g.config["method"]): g for g in groups}
